@@ -1,0 +1,468 @@
+"The two commands: as programs, and as functions with every mistake a person can make."
+import errno
+import inspect
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_edm import cli
+from ddpm_edm.cli import default_mults, run_command, sample_images, train_images
+from ddpm_edm.data import digits
+from ddpm_edm.precond import EDMPrecond
+from ddpm_edm.train import load, save_denoiser, train
+from ddpm_edm.unet import UNet
+
+TRAIN, SAMPLE = "ddpm-edm-train", "ddpm-edm-sample"
+TINY = "--images 256 --channels 16 --quiet"
+ENV = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()), CUDA_VISIBLE_DEVICES="")    # rounds as this process does
+
+
+def command(name, words, **kw):
+    "Run the installed program as a person does."
+    program = Path(sys.executable).parent / name
+    if not program.exists(): pytest.skip(f"{name} is not installed beside {sys.executable}")
+    return subprocess.run([program, *shlex.split(words)], capture_output=True, text=True, timeout=120, env=ENV, **kw)
+
+
+def call(name, words):
+    "Run a command in this process; its exit code."
+    try: run_command({TRAIN: train_images, SAMPLE: sample_images}[name], name, shlex.split(words))
+    except SystemExit as e: return e.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A run folder made by the program itself, and what the program said."
+    folder = tmp_path_factory.mktemp("trained")
+    return folder / "runs" / "digits", command(TRAIN, TINY, cwd=folder)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    "Relative paths of a test go to its own folder, and commands run on the CPU."
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    "The run folder under a short name."
+    os.symlink(trained[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def pixels(path): return np.asarray(Image.open(path)).astype(int)
+
+
+def tiles(path, ncols, size=8):
+    "The pictures in a grid of scale 1, row by row."
+    a = np.pad(pixels(path), ((0, 1), (0, 1)), constant_values=255)
+    h, w = a.shape[0] // (size + 1), a.shape[1] // (size + 1)
+    assert w == ncols
+    return a.reshape(h, size + 1, w, size + 1).transpose(0, 2, 1, 3)[:, :, :size, :size]
+
+
+# --- as programs
+
+def test_train_program(trained):
+    run, said = trained
+    assert said.returncode == 0 and said.stderr == ""    # --quiet: no bar, and no warning of anybody's
+    assert "digits: 1797 images 1 x 8 x 8, 10 classes; sigma_data 0.752" in said.stdout
+    assert f"wrote {Path('runs/digits')}" in said.stdout and f"next: {SAMPLE} runs/digits" in said.stdout
+    for file in ("config.json", "model.safetensors", "metrics.jsonl", "loss.png", "state/latest.safetensors"): assert (run / file).is_file()
+    assert list((run / "samples").glob("*.png"))
+    config = json.loads((run / "config.json").read_text())
+    assert config["training"]["images"] == 256 and config["net"]["channels"] == 16 and config["net"]["num_labels"] == 10
+
+
+def test_sample_program(trained, tmp_path):
+    said = command(SAMPLE, f"{shlex.quote(str(trained[0]))} --n 64 --labels 3 --steps 18 --seed 0 --out samples.png", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "wrote samples.png: 64 pictures by 18 heun steps, 35 evaluations" in said.stdout and "next" in said.stdout
+    assert "35/35" in said.stderr    # the bar counts evaluations of the network
+    assert pixels(tmp_path / "samples.png").shape == ((8 * 9 - 1) * 4,) * 2
+
+
+@pytest.mark.parametrize("name, words, code", [(TRAIN, "--data cifar", 1), (SAMPLE, "", 2)])
+def test_program_errors_are_one_line(name, words, code, tmp_path):
+    said = command(name, words, cwd=tmp_path)
+    assert said.returncode == code and said.stderr.startswith(f"{name}: error: ") and said.stderr.count("\n") == 1
+    assert "Traceback" not in said.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
+    "Ctrl-C saves, says how to go on, exits 130; with --resume the model is bit for bit that of an unbroken run."
+    words = "--images 2560 --channels 16 --lr 2e-3 --ema-halflife 200 --out"
+    program = Path(sys.executable).parent / TRAIN
+    if not program.exists(): pytest.skip(f"{TRAIN} is not installed")
+    p = subprocess.Popen([program, *shlex.split(f"{words} broken")], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENV)
+    begun, deadline = tmp_path / "broken" / "model.safetensors", time.monotonic() + 120    # written before the first step
+    while not begun.exists() and time.monotonic() < deadline and p.poll() is None: time.sleep(0.02)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=120)[1]
+    assert p.returncode == 130, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"{TRAIN}: stopped after ") and "of 2560 images" in last and "--resume" in last and "Traceback" not in err
+    assert call(TRAIN, f"{words} broken --resume --quiet") == call(TRAIN, f"{words} whole --quiet") == 0
+    assert Path("broken/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    images = lambda run: [json.loads(line)["images"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    assert images("broken") == images("whole")
+
+
+def test_modules_import_light():
+    "Importing every module must not import what only some functions need."
+    code = ("import importlib, pkgutil, sys, ddpm_edm\n"
+            "names = [m.name for m in pkgutil.iter_modules(ddpm_edm.__path__) if not m.name.startswith('_')]\n"
+            "for name in names: importlib.import_module('ddpm_edm.' + name)\n"
+            "print(*names, '|', *[h for h in ('sklearn', 'accelerate', 'matplotlib', 'torchvision') if h in sys.modules])")
+    names, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("|")
+    assert {"cli", "core", "data", "train"} <= set(names.split()) and heavy.split() == []
+
+
+# --- help and defaults
+
+@pytest.mark.parametrize("name, function", [(TRAIN, train_images), (SAMPLE, sample_images)])
+def test_help_explains_every_setting(name, function, capsys):
+    assert call(name, "--help") == 0
+    text = capsys.readouterr().out.replace("_", "-")
+    assert " ".join(function.__doc__.split()).replace("_", "-") in " ".join(text.split())
+    parser = cli._parser(function, name)
+    actions = {a.dest: a for a in parser._actions}
+    for p in inspect.signature(function).parameters.values():
+        action = actions[p.name]
+        assert len(action.help.split(" (default")[0]) > 5, f"{p.name} has no help"
+        assert action.default == p.default or p.default is inspect.Parameter.empty    # the command does what the function does
+        assert (("--" if action.option_strings else "") + p.name).replace("_", "-") in text
+    assert "pdb" not in text and "xtra" not in text
+
+
+def test_help_of_the_program(tmp_path):
+    said = command(SAMPLE, "--help", cwd=tmp_path)
+    assert said.returncode == 0 and said.stdout.startswith(f"usage: {SAMPLE} ") and said.stderr == ""
+
+
+def test_defaults_are_those_of_the_library():
+    mine, theirs = (inspect.signature(f).parameters for f in (train_images, train))
+    for name in ("images", "batch", "lr", "ema_halflife", "label_dropout", "seed", "precision"): assert mine[name].default == theirs[name].default
+    noise = theirs["noise"].default
+    assert (mine["p_mean"].default, mine["p_std"].default) == (noise.P_mean, noise.P_std)
+    net = inspect.signature(UNet).parameters
+    for name in ("channels", "blocks", "dropout"): assert mine[name].default == net[name].default
+
+
+# --- run_command
+
+def settings_of(words):
+    "What a function gets from these words."
+    got = {}
+    def f(
+        run: str,                     # positional
+        label_dropout: float = 0.1,   # a float
+        n: int = None,                # a whole number
+        sigma_min: float = 0.5,       # another float
+        dry_run: bool = False,        # a switch
+    ): "Help."; got.update(locals())
+    run_command(f, "f", shlex.split(words))
+    return {k: v for k, v in got.items() if k != "got"}
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("r", dict(run="r", label_dropout=0.1, n=None, sigma_min=0.5, dry_run=False)),
+    ("r --label-dropout 0.2 --sigma_min=-1.5 --dry-run", dict(label_dropout=0.2, sigma_min=-1.5, dry_run=True)),
+    ("--label_dropout=0.2 --sigma-min -1.5 --dry_run r --n 3", dict(label_dropout=0.2, sigma_min=-1.5, dry_run=True, n=3)),
+    ("a_b-c", dict(run="a_b-c")),
+    ("-- --strange", dict(run="--strange")),
+])
+def test_flags(words, expected):
+    assert {k: settings_of(words)[k] for k in expected} == expected
+
+
+@pytest.mark.parametrize("words, message", [
+    ("r --label 0.2", "unrecognized arguments: --label"), ("r --n three", "'three'"), ("", "run"), ("r s", "unrecognized arguments: s"),
+    ("r --n", "expected one argument"), ("r --pdb", "--pdb"), ("r --xtra 1", "--xtra")])
+def test_unreadable_words(words, message, capsys):
+    with pytest.raises(SystemExit) as e: settings_of(words)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("f: error: ") and message in err and err.count("\n") == 1 and "f --help" in err
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("two\n  lines"), "two lines"),
+    (ValueError(), "ValueError"),
+    (FileNotFoundError("no folder x"), "no folder x"),
+    (FloatingPointError("loss nan"), "loss nan"),
+    (OSError(errno.ENOSPC, "No space left on device", "a/model"), "No space left on device: a/model"),
+    (PermissionError(errno.EACCES, "Permission denied", "a/b"), "Permission denied: a/b"),
+    (OSError(errno.EIO, "Input/output error"), "Input/output error: a file"),
+    (MemoryError(), "out of memory; a smaller batch"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory; a smaller batch"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "out of memory; a smaller batch"),
+])
+def test_mendable_errors_are_one_line(error, line, capsys):
+    def f(): raise error
+    with pytest.raises(SystemExit) as e: run_command(f, "f", [])
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and err.startswith(f"f: error: {line}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), TypeError("bug"), IndexError("bug"), AssertionError("bug")])
+def test_bugs_keep_their_traceback(error):
+    def f(): raise error
+    with pytest.raises(type(error), match="bug"): run_command(f, "f", [])
+
+
+@pytest.mark.parametrize("error, line", [(KeyboardInterrupt(), "f: stopped\n"), (KeyboardInterrupt("go on with --resume"), "f: go on with --resume\n")])
+def test_interrupt_exits_130(error, line, capsys):
+    def f(): raise error
+    with pytest.raises(SystemExit) as e: run_command(f, "f", [])
+    assert e.value.code == 130 and capsys.readouterr().err == "\n" + line
+
+
+def test_warnings_are_one_line_and_handler_is_given_back(capsys):
+    def f(): warnings.warn("skipped\n 1 picture", stacklevel=1)
+    before = warnings.showwarning
+    run_command(f, "f", [])
+    assert capsys.readouterr().err == "f: warning: skipped 1 picture\n" and warnings.showwarning is before
+
+
+# --- training
+
+@pytest.mark.parametrize("height, width, mults", [
+    (8, 8, [1, 2]), (28, 28, [1, 2, 2]), (32, 32, [1, 2, 2, 2]), (7, 7, [1]), (1, 1, [1]), (4, 4, [1]), (8, 12, [1, 2]), (12, 64, [1, 2]), (6, 6, [1])])
+def test_default_mults(height, width, mults):
+    assert default_mults(height, width) == mults
+
+
+def test_every_size_gets_a_network():
+    "Sizes that do not divide get fewer levels, never an error; attention never sees more than 256 positions."
+    for h in (1, 2, 3, 5, 7, 8, 12, 20, 28, 31, 36, 48):
+        for w in (h, h + 1, 2 * h):
+            mults, attention = default_mults(h, w), cli._attention(h, w)
+            net = UNet(1, 32, mults, attention=attention)
+            with torch.no_grad(): assert net(torch.zeros(1, 1, h, w), torch.zeros(1)).shape == (1, 1, h, w)
+            assert all(h * w // 4**level <= 256 for level in attention)
+    assert cli._attention(256, 256) == [4, 5, 6] and cli._attention(8, 8) == [1]
+
+
+def folder_of_pictures(path, classes=("cats", "dogs"), n=3, size=12):
+    rng = np.random.default_rng(0)
+    for c in classes:
+        (path / c).mkdir(parents=True, exist_ok=True)
+        for i in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path / c / f"{i}.png")
+    return path
+
+
+def test_train_folder_then_sample_by_name(capsys):
+    folder_of_pictures(Path("my pets"))
+    (Path("my pets") / "cats" / "broken.png").write_bytes(b"oops")
+    assert call(TRAIN, "--data 'my pets' --size 8 --images 8 --batch 4 --channels 16 --quiet") == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"{TRAIN}: warning: skipped 1 of 7") and said.err.count("\n") == 1
+    assert f"next: {SAMPLE} 'runs/my pets'" in said.out
+    assert load("runs/my pets").config["classes"] == ["cats", "dogs"]
+    assert call(SAMPLE, "'runs/my pets' --labels dogs,0 --n 4 --steps 2 --scale 1 --out a/b/c.png --quiet") == 0    # folders are made
+    assert pixels("a/b/c.png").shape == (17, 17, 3)
+    assert call(SAMPLE, "'runs/my pets' --labels birds") == 1
+    assert "cats, dogs, got 'birds'" in capsys.readouterr().err
+
+
+def test_seed_decides_and_the_caller_keeps_his_random_numbers():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    weights = []
+    for i, seed in enumerate((0, 0, 1)):
+        train_images(out=f"run{i}", images=64, batch=64, channels=16, seed=seed, quiet=True)
+        weights.append(torch.cat([p.flatten() for p in load(f"run{i}").parameters()]))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_unconditional(capsys):
+    assert call(TRAIN, f"{TINY} --unconditional --out plain") == 0
+    assert load("plain").net.num_labels == 0
+    assert call(SAMPLE, "plain --steps 1 --quiet --scale 1") == 0
+    assert tiles("samples.png", 8).shape[:2] == (8, 8)    # 64 by default
+    assert call(SAMPLE, "plain --labels 3") == 1
+    assert "labels must be left out for a model without classes, got '3'" in capsys.readouterr().err
+
+
+def errors(name, words, capsys):
+    "The single line a mistake gets."
+    assert call(name, words) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"{name}: error: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--data cifar", "digits, mnist, fashion_mnist, cifar10 or a folder of pictures, got 'cifar'"),
+    ("--data no/where --size 8", "got 'no/where'"),
+    ("--data empty --size 8", "no picture in empty"),
+    ("--data pictures", "needs a size"),
+    ("--data pictures --size 0", "size must be"),
+    ("--data pictures --size 8 --strict", "cats/broken.png"),
+    ("--data digits --size 8", "one size"),
+    ("--images 0", "images must be"), ("--images -5", "images must be"),
+    ("--batch 0", "batch must be"), ("--batch -1", "batch must be"),
+    ("--lr 0", "lr must be positive"), ("--lr nan", "lr must be positive"), ("--lr inf", "lr must be positive"),
+    ("--channels 20", "channels"), ("--channels 0", "channels"), ("--channels -32", "channels"), ("--channels 2", "channels"),
+    ("--blocks 0", "blocks"), ("--dropout 2", "dropout"), ("--dropout -1", "dropout"),
+    ("--ema-halflife 0", "ema_halflife"), ("--label-dropout 1.5", "label_dropout"), ("--p-std -1", "P_std"), ("--p-mean nan", "P_mean"),
+    ("--seed -1", "seed must be from 0"), ("--seed 99999999999999999999999", "seed must be from 0"),
+    ("--precision fp8", "'fp32' or 'bf16', got 'fp8'"),
+    ("--out file.txt", "file.txt exists"), ("--out file.txt/run", "file.txt"), ("--out pictures", "holds no run"),
+])
+def test_training_mistakes(words, message, capsys):
+    folder_of_pictures(Path("pictures"))
+    Path("pictures/cats/broken.png").write_bytes(b"oops")
+    Path("empty").mkdir()
+    Path("file.txt").write_text("mine")
+    before = sorted(Path(".").rglob("*"))
+    assert message in errors(TRAIN, f"{words} --quiet", capsys)
+    assert sorted(Path(".").rglob("*")) == before and Path("file.txt").read_text() == "mine"    # nothing made, nothing lost
+
+
+def test_another_run_in_the_way(run, capsys):
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    assert "already holds this run" in errors(TRAIN, f"{TINY} --out run", capsys)
+    for more in ("--images 512", "--images 512 --resume", "--lr 3e-3 --resume", "--unconditional --resume", "--seed 1 --resume"):
+        line = errors(TRAIN, f"{TINY} --out run {more}", capsys)
+        assert "holds another run" in line or "already holds" in line
+    assert "training.lr is 0.001 there and 0.003 here" in errors(TRAIN, f"{TINY} --out run --lr 3e-3 --resume", capsys)
+    assert before == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(capsys):
+    Path("locked").mkdir(mode=0o500)
+    assert "Permission denied: " in errors(TRAIN, f"{TINY} --out locked/run", capsys)
+
+
+def test_full_disk(monkeypatch, run, capsys):
+    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in errors(TRAIN, f"{TINY} --out new", capsys)
+    assert "No space left on device" in errors(SAMPLE, "run --n 1 --steps 1 --quiet", capsys)
+    assert not Path("samples.png").exists() and not list(Path(".").glob(".samples*"))
+
+
+# --- drawing
+
+@pytest.mark.parametrize("words, message", [
+    ("nowhere", "no model at nowhere"), ("cut.safetensors", "damaged"), ("text.safetensors", "damaged"), ("empty", "no model at empty"),
+    ("run --labels 10", "from 0 to 9 or among 0, 1, 2"), ("run --labels=-1", "got '-1'"), ("run --labels 3,", "got ''"), ("run --labels three", "'three'"),
+    ("run --n 0", "n must be"), ("run --n -3", "n must be"), ("run --steps 0", "steps must be"), ("run --batch 0", "batch must be"),
+    ("run --scale 0", "scale must be"), ("run --rho 0", "rho must be"), ("run --seed -1", "seeds must be"), ("run --seed 4294967296", "seeds must be"),
+    ("run --sigma-min 5 --sigma-max 5", "sigma_min < sigma_max"), ("run --sigma-min 0", "sigma_min"), ("run --sigma-max inf", "sigma_max"),
+    ("run --solver rk4", "euler, heun, got 'rk4'"), ("run --device gpu", "'gpu' can't be used"), ("run --device meta", "'meta' can't be used"),
+    ("run --out samples.xyz", "got 'samples.xyz'"), ("run --out samples", "got 'samples'"), ("run --out text.safetensors/s.png", "text.safetensors"),
+    ("bare.safetensors", "does not say how large"),
+])
+def test_drawing_mistakes(words, message, run, capsys):
+    whole = (run / "model.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    Path("text.safetensors").write_text("not a model")
+    save_denoiser(EDMPrecond(UNet(1, 32, [1], attention=[])), "bare.safetensors")
+    Path("empty").mkdir()
+    before = sorted(Path(".").rglob("*"))
+    assert message in errors(SAMPLE, f"{words} --quiet", capsys)
+    assert sorted(Path(".").rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(run, capsys):
+    assert "device 'cuda' can't be used" in errors(SAMPLE, "run --device cuda --quiet", capsys)
+
+
+def test_truncated_anywhere(run, capsys):
+    whole = (run / "model.safetensors").read_bytes()
+    for share in (0, 1e-5, 0.001, 0.3, 0.9999):
+        Path("cut.safetensors").write_bytes(whole[:int(len(whole) * share)])
+        assert "cut.safetensors" in errors(SAMPLE, "cut.safetensors --quiet", capsys)
+
+
+def test_model_file_alone_is_enough(run):
+    Path("copied.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    for source in ("copied.safetensors", "run"): assert call(SAMPLE, f"{source} --n 2 --steps 2 --device cpu --quiet --out {Path(source).stem}.png") == 0
+    assert Path("copied.png").read_bytes() == Path("run.png").read_bytes()
+
+
+@pytest.mark.parametrize("words, counts", [
+    ("", [8] * 10), ("--n 23", [3, 3, 3] + [2] * 7), ("--labels 4,1 --n 5", [3, 2]), ("--n 3", [1, 1, 1]), ("--labels 4,1,7 --n 2", [1, 1])])
+def test_rows_are_one_label_each(run, monkeypatch, words, counts):
+    "Row i holds counts[i] pictures, all of the i-th label wanted, with seeds in order, and white after them."
+    seen = {}
+    def spy(denoise, seeds, shape, sigmas, step, *, labels, batch, device):
+        seen.update(seeds=list(seeds), labels=labels.tolist())
+        return (torch.arange(len(seeds)) / len(seeds) - 0.5).reshape(-1, 1, 1, 1).expand(-1, *shape)    # picture i is plain grey
+    monkeypatch.setattr(cli, "generate", spy)
+    assert call(SAMPLE, f"run --seed 7 {words} --scale 1 --quiet") == 0
+    wanted = [4, 1, 7] if "4,1,7" in words else [4, 1] if "4,1" in words else list(range(10))
+    assert seen["seeds"] == list(range(7, 7 + sum(counts)))
+    assert seen["labels"] == [l for l, k in zip(wanted, counts) for _ in range(k)]
+    grid = tiles("samples.png", max(counts))
+    got = [[int(t[0, 0]) for t in row] for row in grid]
+    shades, n = iter(range(sum(counts))), sum(counts)
+    for row, k in zip(got, counts):
+        assert row[:k] == [round(float((torch.tensor(next(shades)) / n + 0.5) * 127.5)) for _ in range(k)]
+        assert row[k:] == [255] * (max(counts) - k)
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_same_pictures_from_same_seeds(run, solver):
+    "A picture depends on its seed, label and schedule, not on batch or number."
+    base = f"run --labels 3 --steps 4 --solver {solver} --scale 1 --quiet"
+    for words in ("--n 9 --out a.png", "--n 9 --out b.png", "--n 9 --batch 2 --out c.png", "--n 1 --seed 5 --out d.png", "--n 9 --seed 1 --out e.png"):
+        assert call(SAMPLE, f"{base} {words}") == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    a, c, d, e = (tiles(f, k) for f, k in (("a.png", 3), ("c.png", 3), ("d.png", 1), ("e.png", 3)))
+    assert abs(a - c).max() <= 1 and abs(a[1, 2] - d[0, 0]).max() <= 1    # one grey level: float32 rounds differently in another batch
+    assert abs(a.reshape(9, 8, 8)[1:] - e.reshape(9, 8, 8)[:8]).max() <= 1
+    assert abs(a[0, 0] - a[0, 1]).max() > 50    # different seeds are different pictures
+
+
+def test_bar_counts_evaluations(run, capsys):
+    for words, total in (("--n 5 --batch 2 --steps 3", "15/15"), ("--n 4 --batch 4 --steps 3 --solver euler", "3/3")):
+        assert call(SAMPLE, f"run --labels 0 {words}") == 0
+        err = capsys.readouterr().err
+        assert total in err and "evaluations" in err and err.count("\n") == 1    # one bar, one line
+    assert call(SAMPLE, "run --n 1 --steps 1 --quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_training_bar_is_one_line(capsys):
+    "Sample pictures during training draw no bar into the training's."
+    assert call(TRAIN, "--images 256 --channels 16 --out run") == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "256/256" in err and "evaluations" not in err
+
+
+def test_other_picture_formats(run):
+    for suffix in (".jpg", ".bmp", ".webp", ".PNG"):
+        assert call(SAMPLE, f"run --n 1 --steps 1 --quiet --out s{suffix}") == 0
+        assert pixels(f"s{suffix}").shape[:2] == (32, 32)
+
+
+def test_drawing_ignores_the_callers_random_numbers(run):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    sample_images(str(run), n=1, steps=1, quiet=True)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_digits_fit_the_default_network():
+    assert digits().shape == (1, 8, 8) and default_mults(8, 8) == [1, 2]

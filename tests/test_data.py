@@ -1,0 +1,432 @@
+"ImageData, its numbers, and every way of getting pictures into it."
+import os
+import random
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_edm.data import DATASETS, ImageData, digits, image_folder, load_data
+
+X = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
+
+
+def picture(size=(20, 16), seed=0):
+    "A smooth colour picture whose left half is darker and whose top is redder."
+    w, h = size
+    x, y = np.meshgrid(np.linspace(0, 1, w), np.linspace(0, 1, h))
+    a = np.stack([200 * (1 - y) + 30, 180 * x + 40, 90 + 60 * np.sin(3 * x + seed)], axis=2)
+    return Image.fromarray(a.astype(np.uint8))
+
+
+def save(path: Path, image=None, **kw):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or picture()).save(path, **kw)
+    return path
+
+
+def values(data): return data.batch(slice(None))[0]
+
+
+# --- ImageData
+
+@pytest.mark.parametrize("max_value", [1, 16, 100, 255])
+def test_batch_hits_every_value(max_value):
+    images = torch.arange(max_value + 1, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    x = values(ImageData(images, max_value=max_value)).flatten()
+    exact = torch.linspace(-1, 1, max_value + 1, dtype=torch.float64)
+    assert x.dtype == torch.float32 and x[0] == -1 and x[-1] == 1    # the ends exactly: nothing outside [-1, 1]
+    assert (x - exact).abs().max() < 2e-7                            # a few float32 roundings of numbers up to 2
+    assert torch.equal(((x + 1) * max_value / 2).round().to(torch.uint8), images.flatten())
+
+
+def test_batch_index_and_labels():
+    d = ImageData(X.repeat(3, 1, 1, 1), [0, 1, 2, 2, 1, 0])
+    i = torch.tensor([5, 2])
+    x, labels = d.batch(i)
+    assert torch.equal(x, values(d)[i]) and labels.tolist() == [0, 2] and labels.dtype == torch.int64
+    assert ImageData(X).batch(slice(0, 1))[1] is None
+    assert (len(d), d.shape, d.num_labels, d.classes) == (6, (3, 4, 5), 3, ["0", "1", "2"])
+    assert ImageData(X).num_labels == 0 and repr(d) == "images: 6 images 3 x 4 x 5, 3 classes"
+
+
+def test_numpy_is_accepted():
+    d = ImageData(X.numpy(), np.array([1, 0], dtype=np.uint8))
+    assert torch.equal(d.images, X) and d.labels.tolist() == [1, 0]
+
+
+def test_to_keeps_everything():
+    d = digits()
+    e = d.to("cpu")
+    assert e.fingerprint() == d.fingerprint() and e.name == d.name and torch.equal(values(d), values(e))
+    assert ImageData(X).to("cpu").classes == []
+
+
+def exact_stats(images, max_value):
+    "Mean and standard deviation in rational arithmetic."
+    v, c = np.unique(images.numpy(), return_counts=True)
+    n = int(c.sum())
+    p = [(Fraction(int(k), n), Fraction(2 * int(u), max_value) - 1) for u, k in zip(v, c)]
+    mean = sum(a * b for a, b in p)
+    return float(mean), float(sum(a * (b - mean)**2 for a, b in p))**0.5
+
+
+@pytest.mark.parametrize("max_value", [16, 255])
+def test_stats_are_exact(max_value):
+    g = torch.Generator().manual_seed(0)
+    images = (torch.rand(50, 3, 9, 7, generator=g)**3 * (max_value + 1)).to(torch.uint8)
+    stats = ImageData(images, max_value=max_value).stats()
+    assert stats == pytest.approx(exact_stats(images, max_value), abs=2e-15)    # a few float64 roundings of numbers near 1
+    x = values(ImageData(images, max_value=max_value)).double()
+    assert stats == pytest.approx((x.mean().item(), x.std(unbiased=False).item()), abs=2e-7)    # x itself is float32
+
+
+def test_stats_of_one_value():
+    assert ImageData(torch.full((2, 1, 3, 3), 255, dtype=torch.uint8)).stats() == (1, 0)
+
+
+def test_digits():
+    d = digits()
+    assert (len(d), d.shape, d.num_labels, d.name, d.max_value) == (1797, (1, 8, 8), 10, "digits", 16)
+    assert d.stats() == pytest.approx(exact_stats(d.images, 16), abs=2e-15)
+    assert d.labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]    # scikit-learn's documentation
+    assert d.stats().std == pytest.approx(0.752098, abs=1e-6)
+
+
+def test_fingerprint_changes_with_anything():
+    base = lambda **kw: ImageData(**(dict(images=X.clone(), labels=[0, 1], classes=["a", "b"]) | kw)).fingerprint()
+    pixel = X.clone()
+    pixel[1, 2, 3, 4] += 1
+    prints = [base(), base(images=pixel), base(labels=[1, 0]), base(classes=["a", "c"]), base(max_value=200),
+              base(images=X.reshape(2, 3, 5, 4)), base(images=X.flip(0)), base(labels=None, classes=None)]
+    assert len(set(prints)) == len(prints) and base() == prints[0]
+    assert len(base()) == 16 and int(base(), 16) >= 0
+    assert base(images=X.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)) == base()    # memory layout does not matter
+
+
+@pytest.mark.parametrize("kw, message", [
+    (dict(images=X.float()), "from_float"),
+    (dict(images=X[0]), r"\(N, C, H, W\).*\(3, 4, 5\)"),
+    (dict(images=X[:0]), "not empty"),
+    (dict(images=X.int()), "int32"),
+    (dict(images=X, max_value=50), "largest pixel value, 119, to 255, got 50"),
+    (dict(images=X, max_value=256), "got 256"),
+    (dict(images=X, labels=[0]), r"2 integers.*\(1,\)"),
+    (dict(images=X, labels=[[0, 1]]), r"\(1, 2\)"),
+    (dict(images=X, labels=[0., 1.5]), "integers"),
+    (dict(images=X, labels=[0, -1]), "got -1 at 1"),
+    (dict(images=X, labels=[-1, -1]), "got -1 at 0"),
+    (dict(images=X, labels=[0, 2], classes=["a", "b"]), r"from 0 to 1, got 2 at 1 \(1 of 2"),
+    (dict(images=X, classes=["a"]), "classes need labels"),
+])
+def test_refused(kw, message):
+    with pytest.raises(ValueError, match=message): ImageData(**kw)
+
+
+def test_from_float():
+    x = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    d = ImageData.from_float(x, labels=[0, 1] * 10, classes=["a", "b"], name="mine")
+    assert (d.name, d.classes, d.max_value) == ("mine", ["a", "b"], 255)
+    error = values(d) - x
+    assert error.abs().max() <= 1 / 255 + 2e-7        # half a step of 2/255, and float32 rounding
+    assert abs(error.mean()) < 1e-4                   # rounding, not cutting off: 4 standard errors of 3840 values
+    ends = torch.tensor([-1., 1.]).reshape(1, 1, 1, 2)
+    assert torch.equal(values(ImageData.from_float(ends)), ends)
+    assert torch.equal(ImageData.from_float(x.double().numpy()).images, d.images)
+    d = digits()    # what came from bytes goes back to the same bytes, through half precision too
+    back = ImageData.from_float(values(d))
+    assert (values(back) - values(d)).abs().max() <= 1 / 255 + 2e-7
+    assert torch.equal(ImageData.from_float(values(d).half()).images, back.images)    # multiples of 1/8 are exact in float16
+
+
+@pytest.mark.parametrize("bad, count, text", [(float("nan"), 2, "nan"), (float("inf"), 2, "inf"), (-float("inf"), 1, "-inf"),
+                                               (1.01, 2, "1.01"), (-255., 1, "-255")])
+def test_from_float_refuses_and_says_where(bad, count, text):
+    x = torch.zeros(4, 1, 3, 3)
+    x.view(-1)[[13, 30][:count]] = bad
+    for given in (x, x.numpy(), x.double()):
+        with pytest.raises(ValueError) as e: ImageData.from_float(given)
+        assert f"{count} of 36 values are" in str(e.value)
+        assert f"the first is {text} at (1, 0, 1, 1)" in str(e.value)
+
+
+def test_from_float_refuses_integers_and_shapes():
+    with pytest.raises(ValueError, match="uint8"): ImageData.from_float(X)
+    with pytest.raises(ValueError, match="N, C, H, W"): ImageData.from_float(torch.zeros(3, 4, 4))
+
+
+# --- folders
+
+def test_classes_are_first_folders_in_order(tmp_path):
+    for name in ("b/2.png", "b/deep/er/1.JPG", "a/x.png", "10/x.png"): save(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "a" / "folder.png").mkdir()
+    d = image_folder(tmp_path, 8)
+    assert d.classes == ["10", "a", "b"] and d.labels.tolist() == [0, 1, 2, 2]
+    assert (d.shape, d.name) == ((3, 8, 8), tmp_path.name)
+    assert image_folder(tmp_path / "a", (6, 4)).shape == (3, 6, 4)
+
+
+def test_flat_folder_has_no_labels(tmp_path, monkeypatch):
+    for i in range(3): save(tmp_path / f"{i}.png", picture(seed=i))
+    d = image_folder(tmp_path, 16)
+    assert d.labels is None and d.num_labels == 0 and len(d) == 3
+    one = image_folder(save(tmp_path / "other" / "1.png", picture(seed=1)).parent, 16)
+    assert torch.equal(d.images[1], one.images[0])    # sorted by name
+    monkeypatch.chdir(tmp_path / "other")
+    assert image_folder(".", 16).name == "other"
+
+
+def test_pictures_beside_class_folders(tmp_path):
+    save(tmp_path / "a" / "1.png"), save(tmp_path / "2.png")
+    with pytest.raises(ValueError, match="beside folders"): image_folder(tmp_path, 8)
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    for name in ("a/._1.png", "._a/1.png", ".thumbs/1.png", "a/.cache/x/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07 not a picture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        d = image_folder(tmp_path, 8, strict=True)
+    assert len(d) == 1 and d.classes == ["a"]
+    hidden_parent = tmp_path / ".data" / "set"    # a hidden folder above the one asked for is nobody's business
+    save(hidden_parent / "1.png")
+    assert len(image_folder(hidden_parent, 8)) == 1
+
+
+@pytest.mark.parametrize("size, box", [((40, 20), (10, 0, 30, 20)), ((20, 40), (0, 10, 20, 30))])
+def test_crop_is_the_largest_centred_square(tmp_path, size, box):
+    save(tmp_path / "1.png", picture(size))
+    expected = torch.from_numpy(np.array(picture(size).crop(box).resize((10, 10), Image.Resampling.LANCZOS)))
+    got = image_folder(tmp_path, 10).images[0].permute(1, 2, 0)
+    assert (got.int() - expected.int()).abs().max() <= 1    # one grey level: resizing with a box or after a crop
+
+
+def test_same_size_changes_nothing(tmp_path):
+    save(tmp_path / "1.png")
+    d = image_folder(tmp_path, (16, 20))    # height, width
+    assert np.array_equal(d.images[0].permute(1, 2, 0).numpy(), np.array(picture()))
+
+
+def test_reduction_is_antialiased(tmp_path):
+    stripes = np.tile(np.array([[0, 255]], dtype=np.uint8), (64, 32))    # one pixel black, one white
+    save(tmp_path / "1.png", Image.fromarray(stripes))
+    x = image_folder(tmp_path, 8, mode="L").images.float()
+    assert (x - 127.5).abs().max() < 10    # Lanczos leaves 6 at the edges; every 8th pixel would be all black or all white
+
+
+def test_thin_and_tiny_pictures(tmp_path):
+    for i, size in enumerate([(1, 300), (300, 1), (1, 1), (2, 2)]): save(tmp_path / f"{i}.png", picture(size))
+    assert image_folder(tmp_path, 16, strict=True).images.shape == (4, 3, 16, 16)
+
+
+def kinds(folder):
+    "One picture in many kinds of file; returns how far each may be from the plain one, in grey levels on average."
+    p, exif = picture((32, 32)), Image.Exif()
+    exif[0x0112] = 6
+    rgba = p.convert("RGBA")
+    save(folder / "plain.png", p)
+    save(folder / "jpeg.jpg", p, quality=95)
+    save(folder / "turned.jpg", p.transpose(Image.Transpose.ROTATE_90), exif=exif, quality=95)
+    save(folder / "turned.png", p.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    save(folder / "palette.png", p.quantize(256))
+    save(folder / "palette.gif", p.quantize(256))
+    save(folder / "rgba.png", rgba)
+    save(folder / "cmyk.tif", p.convert("CMYK"))
+    save(folder / "cmyk.jpg", p.convert("CMYK"), quality=95)
+    save(folder / "bitmap.bmp", p)
+    save(folder / "web.webp", p, lossless=True)
+    return {"jpeg.jpg": 3, "turned.jpg": 3, "palette.png": 3, "palette.gif": 3, "cmyk.jpg": 6}    # the others exactly
+
+
+def test_kinds_of_file(tmp_path):
+    slack = kinds(tmp_path)
+    files = sorted(f.name for f in tmp_path.iterdir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = image_folder(tmp_path, 32, strict=True).images.float()
+    plain = x[files.index("plain.png")]
+    for f, image in zip(files, x):
+        off = (image - plain).abs().mean().item()
+        assert off <= slack.get(f, 0.), (f, off)    # a wrong turn costs more than 50
+
+
+def test_grey_and_modes(tmp_path):
+    a = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    save(tmp_path / "8.png", Image.fromarray(a))
+    save(tmp_path / "16.png", Image.fromarray(a.astype(np.uint16) * 257))
+    save(tmp_path / "32.tif", Image.fromarray(a.astype(np.int32) * 257))
+    save(tmp_path / "la.png", Image.merge("LA", [Image.fromarray(a), Image.new("L", (8, 8), 255)]))
+    for mode, channels in (("L", 1), ("RGB", 3), ("RGBA", 4)):
+        d = image_folder(tmp_path, 8, mode, strict=True)
+        assert d.shape == (channels, 8, 8)
+        for image in d.images: assert np.array_equal(image[0].numpy(), a)    # 16 bits become 8, not white
+    save(tmp_path / "f.tif", Image.fromarray(a.astype(np.float32) / 255))
+    with pytest.raises(ValueError, match="f.tif.*no known range"): image_folder(tmp_path, 8, strict=True)
+
+
+def test_black_and_white_bitmap(tmp_path):
+    save(tmp_path / "1.png", Image.fromarray(np.eye(8) > 0))
+    assert np.array_equal(image_folder(tmp_path, 8, "L").images[0, 0].numpy(), np.eye(8) * 255)
+
+
+def test_transparency_goes_on_white(tmp_path):
+    "What lies hidden under transparent pixels must not come to light."
+    a = np.zeros((8, 8, 4), dtype=np.uint8)
+    a[:4] = (255, 0, 0, 255)
+    a[4:] = (0, 255, 0, 0)    # green, but transparent
+    save(tmp_path / "rgba.png", Image.fromarray(a))
+    p = Image.fromarray((a[..., 3] == 0).astype(np.uint8)).convert("P")
+    p.putpalette([255, 0, 0, 0, 255, 0])
+    save(tmp_path / "palette.png", p, transparency=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = image_folder(tmp_path, 8, strict=True).images
+    for image in x:
+        assert image[:, 0, 0].tolist() == [255, 0, 0] and image[:, -1, -1].tolist() == [255, 255, 255]
+    rgba = image_folder(tmp_path, 8, "RGBA").images
+    assert rgba[1, 3, 0, 0] == 255 and rgba[1, 3, -1, -1] == 0    # files sorted: palette, rgba
+
+
+# --- damage
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tif", ".webp"])
+@pytest.mark.parametrize("share", [0., 0.02, 0.5, 0.9])
+def test_truncated_picture_is_named(tmp_path, suffix, share):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)    # fills files evenly
+    bad = save(tmp_path / f"bad{suffix}", Image.fromarray(noise))
+    for i in range(2): save(tmp_path / f"good{i}.png")
+    bad.write_bytes(bad.read_bytes()[:int(bad.stat().st_size * share)])
+    with pytest.warns(UserWarning, match=r"skipped 1 of 3 pictures.*bad\." + suffix[1:]): d = image_folder(tmp_path, 8)
+    assert len(d) == 2
+    with pytest.raises(ValueError, match=r"cannot read picture .*bad\." + suffix[1:]): image_folder(tmp_path, 8, strict=True)
+
+
+def test_any_damage_is_survived(tmp_path):
+    "Flipped bytes end in a picture or in a named refusal, never in another error."
+    rng = random.Random(0)
+    kinds(tmp_path)
+    for f in list(tmp_path.iterdir()):
+        whole = f.read_bytes()
+        for k in range(8):
+            hurt = bytearray(whole)
+            for _ in range(1 + k): hurt[rng.randrange(min(len(hurt), 400 if k % 2 else len(hurt)))] = rng.randrange(256)
+            (tmp_path / "hurt").mkdir(exist_ok=True)
+            (tmp_path / "hurt" / f"{k}{f.name}").write_bytes(hurt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        d = image_folder(tmp_path / "hurt", 8)
+        strict_errors = 0
+        for f in sorted((tmp_path / "hurt").iterdir())[:20]:
+            alone = tmp_path / f"alone {f.name}"
+            alone.mkdir()
+            f.rename(alone / f.name)
+            try: image_folder(alone, 8, strict=True)
+            except ValueError as e: strict_errors += f.name in str(e)
+    assert 0 < len(d) < 88 and strict_errors
+
+
+def test_counts_of_damage(tmp_path):
+    save(tmp_path / "good" / "1.png")
+    for i in range(7): (save(tmp_path / "bad" / f"{i}.png")).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"skipped 7 of 8 .*0\.png .* and 2 more"): d = image_folder(tmp_path, 8)
+    assert d.classes == ["good"] and d.labels.tolist() == [0]    # a class without a picture is none
+
+
+def test_no_readable_picture(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"nothing")
+    with pytest.raises(FileNotFoundError, match=r"none of the 1 pictures.*1\.png"): image_folder(tmp_path, 8)
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    save(tmp_path / "good.png", picture((10, 10)))
+    save(tmp_path / "huge.png", picture((100, 100)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)    # Pillow refuses more than twice that
+    with pytest.warns(UserWarning, match="huge.png.*exceeds limit"): assert len(image_folder(tmp_path, 8)) == 1
+    with pytest.raises(ValueError, match="huge.png.*exceeds limit"): image_folder(tmp_path, 8, strict=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(tmp_path):
+    save(tmp_path / "good.png")
+    save(tmp_path / "locked.png").chmod(0)
+    with pytest.warns(UserWarning, match="locked.png"): assert len(image_folder(tmp_path, 8)) == 1
+
+
+@pytest.mark.parametrize("size", [0, -1, (8, 0), (8, 8, 3), (8,)])
+def test_size_refused(tmp_path, size):
+    with pytest.raises(ValueError, match="size must be"): image_folder(tmp_path, size)
+
+
+def test_mode_refused(tmp_path):
+    with pytest.raises(ValueError, match="mode must be"): image_folder(tmp_path, 8, "CMYK")
+
+
+# --- load_data and torchvision
+
+def test_load_data(tmp_path):
+    assert load_data("digits").fingerprint() == digits().fingerprint()
+    save(tmp_path / "1.png")
+    assert load_data(tmp_path, 8).fingerprint() == load_data(str(tmp_path), 8).fingerprint()
+    (tmp_path / "2.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="2.png"): load_data(tmp_path, 8, strict=True)
+
+
+@pytest.mark.parametrize("args, error, message", [
+    (("cifar",), FileNotFoundError, "digits, mnist, fashion_mnist, cifar10 or a folder of pictures, got 'cifar'"),
+    (("digits", 8), ValueError, "comes in one size"),
+    (("no/such/folder", 8), FileNotFoundError, "no/such/folder"),
+    (("",), FileNotFoundError, "got ''"),
+])
+def test_load_data_refuses(args, error, message):
+    with pytest.raises(error, match=message): load_data(*args)
+
+
+def test_load_data_folder_errors(tmp_path):
+    with pytest.raises(ValueError, match="needs a size"): load_data(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no picture in .*looked for .*png"): load_data(tmp_path, 8)
+    file = save(tmp_path / "1.png")
+    with pytest.raises(FileNotFoundError, match="folder of pictures, got"): load_data(file, 8)
+    with pytest.raises(FileNotFoundError, match="no folder"): image_folder(file, 8)
+
+
+NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("error", [OSError("<urlopen error [Errno -3] Temporary failure in name resolution>"),
+                                   RuntimeError("Dataset not found or corrupted."), EOFError()])
+def test_failed_download_names_set_and_folder(monkeypatch, tmp_path, name, error):
+    import torchvision
+    def fail(*args, **kw): raise error
+    monkeypatch.setattr(torchvision.datasets, NAMES[name], fail)
+    with pytest.raises(FileNotFoundError) as e: DATASETS[name](tmp_path)
+    for word in (name, str(tmp_path), str(error) or "EOFError"): assert word in str(e.value)
+    with pytest.raises(FileNotFoundError, match="'data'"): load_data(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchvision_set(monkeypatch, tmp_path, name):
+    import torchvision
+    g, asked = torch.Generator().manual_seed(0), {}
+    class Fake:
+        classes = [f"class {i}" for i in range(10)]
+        def __init__(self, root, train, download):
+            asked.update(root=root, train=train, download=download)
+            if name == "cifar10": self.data, self.targets = np.arange(6 * 32 * 32 * 3, dtype=np.uint8).reshape(6, 32, 32, 3), [3, 1, 4, 1, 5, 9]
+            else: self.data, self.targets = torch.randint(256, (6, 28, 28), generator=g, dtype=torch.uint8), torch.tensor([3, 1, 4, 1, 5, 9])
+            asked["data"] = torch.as_tensor(self.data)
+    monkeypatch.setattr(torchvision.datasets, NAMES[name], Fake)
+    d = DATASETS[name](tmp_path)
+    assert (asked["root"], asked["train"], asked["download"]) == (tmp_path, True, True)
+    assert (d.name, len(d), d.labels.tolist(), d.classes) == (name, 6, [3, 1, 4, 1, 5, 9], Fake.classes)
+    assert d.shape == ((3, 32, 32) if name == "cifar10" else (1, 28, 28))
+    assert torch.equal(d.images.permute(0, 2, 3, 1).squeeze(-1), asked["data"]) and d.images.is_contiguous()

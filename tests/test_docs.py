@@ -1,0 +1,96 @@
+"Every page of the documentation builds without a fault, and the tool that says so does see faults."
+import base64
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+spec = importlib.util.spec_from_file_location("docs", ROOT / "tools/docs.py")
+docs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(docs)
+
+
+def test_site(): print(run(sys.executable, "tools/docs.py", "check"))
+
+
+PNG = base64.b64encode(b"bytes of a picture").decode()
+BADGE = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({docs.COLAB}nbs/00_core.ipynb)"
+
+
+def md(source): return {"cell_type": "markdown", "metadata": {}, "source": source.splitlines(True)}
+def code(source, *outputs): return {"cell_type": "code", "metadata": {}, "source": source.splitlines(True), "outputs": list(outputs)}
+def show(mime, data): return {"output_type": "display_data", "data": {mime: data}}
+def stream(text, name="stdout"): return {"output_type": "stream", "name": name, "text": [text]}
+
+
+GOOD = [
+    md("---\ntitle: Core\n---") | {"cell_type": "raw"},   # as nbdev's filters leave title and promise
+    md(f"{BADGE}\n\nSee [below](#one-two), [itself](00_core.ipynb#one-two), [the site]({docs.SITE}core.html#one-two), [code]({docs.BLOB}ddpm_edm/core.py#L1)."),
+    md("## One two\n\nInline $x_0 + \\sigma n$ and\n\n$$\\nabla_x \\log p(x;\\sigma) = \\frac{D - x}{\\sigma^2} \\tag{Tweedie}$$\n\n- a list\n- of two[^1]\n\n[^1]: A note."),
+    code('#| fig-alt: "A square: [1, 2] of $x^2$"\nplt.imshow(x)', show("image/png", PNG), stream("3 of 4\n")),
+    code("#| eval: false\nimport torch\nx = 1"),
+]
+FAULTS = {
+    "TeX": ([md(r"$\frac{1}{$")], "pandoc"),
+    "unknown TeX": ([md(r"$\nosuchcommand{1}$")], "pandoc"),
+    "blank in dollars": ([md("Here $ x $ is")], "mathematics"),
+    "TeX in text": ([md(r"as \alpha goes")], "TeX outside dollars"),
+    "superscript": ([md("a^2+b^2 is")], "super- or subscript"),
+    "div": ([md("::: {.callout-note}\nno end")], "pandoc"),
+    "list": ([md("Two things:\n- one\n- two")], "blank line above"),
+    "link": ([md("[x](99_none.ipynb)")], "link leads nowhere: none.html"),
+    "file": ([md("[x](none.txt)")], "link leads nowhere: none.txt"),
+    "anchor": ([md("[x](#three)")], "no such anchor: #three"),
+    "anchor of a page": ([md("[x](00_core.ipynb#three)")], "no such anchor: core.html#three"),
+    "anchor of the site": ([md(f"[x]({docs.SITE}core.html#three)")], "no such anchor"),
+    "source": ([md(f"[x]({docs.BLOB}ddpm_edm/none.py)")], "no such file in the repository"),
+    "nested link": ([md(f"[see [x]({docs.SITE}core.html)](00_core.ipynb)")], "Markdown not understood"),
+    "cross-reference": ([md("See @fig-none.")], "cross-reference"),
+    "alt text": ([code("plot()", show("image/png", PNG))], "picture without alt text (#| fig-alt"),
+    "alt text of an animation": ([code("plot()", show("text/html", "<img id='_anim_img1'>"))], "picture without alt text (#| fig-alt"),
+    "alt text in Markdown": ([md(f"![](data:image/png;base64,{PNG})")], "1 picture(s) without alt text"),
+    "no picture": ([code("#| fig-alt: nothing\nplot()")], "fig-alt without a stored picture"),
+    "options": ([code("#| fig-alt: Left: a, right: b\nplot()", show("image/png", PNG))], "options are not YAML"),
+    "error": ([code("1/0", {"output_type": "error", "ename": "ZeroDivisionError", "evalue": "division by zero", "traceback": []})], "stored error ZeroDivisionError"),
+    "stderr": ([code("warn()", stream("a warning", "stderr"))], "stored stderr"),
+    "widget": ([code("interact()", show("application/vnd.jupyter.widget-view+json", {"model_id": "1"}))], "stored widget"),
+    "path": ([code("print(p)", stream("saved to /home/me/x"))], "path of one machine"),
+    "repr": ([code("f", stream("<f.g object at 0x7f>"))], "repr of an object"),
+    "imports": ([code("import torch\nx = slow()")], "imports and other code"),
+    "size": ([code("x", stream("x" * docs.MAX_BYTES))], "MB, more than"),
+    "source as one string": ([md("a\n\nb") | {"source": "a\n\nb"}], "source is one string"),
+}
+
+
+def faults(tmp_path, cells, name="00_core.ipynb"):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / name).write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    (tmp_path / "_quarto.yml").write_text("website: {sidebar: {contents: [{section: Score, contents: [00_core.ipynb]}]}}")
+    return docs.build(tmp_path, tmp_path / "site", filters=False)[0]
+
+
+def test_good_page(tmp_path): assert faults(tmp_path, GOOD) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_found(fault, tmp_path):
+    cells, message = FAULTS[fault]
+    found = faults(tmp_path, GOOD + cells)
+    assert any(message in f for f in found), found
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda cells: [md("# Core\n\n> A promise.\n\nThen more.")] + cells[1:], "nbdev keeps only title and promise"),
+    (lambda cells: cells[:1] + cells[2:], "no Colab badge"),
+])
+def test_head_of_page(change, message, tmp_path):
+    found = faults(tmp_path, change(GOOD))
+    assert any(message in f for f in found), found
+
+
+def test_sidebar(tmp_path):
+    found = faults(tmp_path, GOOD, "01_other.ipynb")
+    assert "_quarto.yml: the sidebar lacks 01_other.ipynb" in found
+    assert "_quarto.yml: the sidebar names 00_core.ipynb, which is not there" in found

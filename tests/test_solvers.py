@@ -1,0 +1,275 @@
+"The sampling loop and its steps: against golden numbers, closed forms and misuse."
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_edm.core import CountNFE, seeded_noise
+from ddpm_edm.noise import karras_sigmas
+from ddpm_edm.oracle import Gaussian, Mixture
+from ddpm_edm.solvers import euler, generate, heun, sample
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def arrays(name): return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / name).items() if v.dtype.kind == "f"}
+
+
+@pytest.fixture(scope="module")
+def mixtures(): return arrays("mixtures.npz")
+
+
+@pytest.fixture(scope="module")
+def golden(): return arrays("edm_sampler.npz")
+
+
+def mixture(m, space): return Mixture(m[f"{space}.means"], m[f"{space}.stds"], m[f"{space}.weights"])
+
+
+def rms(a): return a.square().mean().sqrt().item()
+
+
+class Recorder:
+    "A denoiser that keeps what it was called with."
+    def __init__(self, denoise): self.denoise, self.x, self.sigma = denoise, [], []
+    def __call__(self, x, sigma):
+        self.x.append(x)
+        self.sigma.append(sigma)
+        return self.denoise(x, sigma)
+
+
+@pytest.fixture
+def p(): return Gaussian(torch.tensor([0.3, -0.2], dtype=torch.float64), std=0.5)
+
+
+@pytest.fixture
+def noise(): return seeded_noise(range(5), (2,), dtype=torch.float64)
+
+
+# --- golden numbers
+
+@pytest.mark.parametrize("n", [5, 18, 40])
+@pytest.mark.parametrize("space", ["g2", "img"])
+def test_heun_matches_reference(mixtures, golden, space, n):
+    denoise, key = Recorder(mixture(mixtures, space)), f"{space}.det.n{n}"
+    x = sample(denoise, golden[f"{space}.latents"], karras_sigmas(n))
+    # float64 on both sides; a different order of the same operations leaves about 1e-13, 1e-9 allows for amplification
+    assert (x - golden[f"{key}.x"]).abs().max() <= 1e-9 * golden[f"{key}.x"].abs().max()
+    levels = torch.tensor(denoise.sigma, dtype=torch.float64)
+    torch.testing.assert_close(levels, golden[f"{key}.call_sigma"], rtol=1e-12, atol=0)    # rounding of the powers in eq. 5
+    if space == "g2":
+        want = golden[f"{key}.call_x"]
+        torch.testing.assert_close(torch.stack(denoise.x), want, rtol=0, atol=1e-9 * want.abs().max().item())
+
+
+def test_heun_approaches_ode_solution(mixtures):
+    denoise, z, want = mixture(mixtures, "g2"), mixtures["g2.latents"], mixtures["g2.ode_ref.x0_from_sigma80"]
+    errors = [rms(sample(denoise, z, karras_sigmas(n)) - want) for n in (64, 128, 256, 512)]
+    assert all(b < a / 3 for a, b in zip(errors, errors[1:]))      # order 2 divides by 4; 3 leaves room for higher terms
+    fine = sample(denoise, z, karras_sigmas(2048, sigma_min=1e-5))
+    assert rms(fine - want) < errors[0] / 200                       # 32 times the steps: 1/1024 by theory
+
+
+def test_order_of_accuracy(mixtures):
+    denoise, z = mixture(mixtures, "g2"), mixtures["g2.latents"]
+    want = mixtures["g2.ode_ref.x_at_sigma0.002_from_sigma80"]
+    for step, order in ((euler, 1), (heun, 2)):
+        errors = [rms(sample(denoise, z, karras_sigmas(n + 1)[:-1], step) - want) for n in (256, 512)]
+        assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15    # the next term of the error is a few per cent
+
+
+# --- closed forms
+
+def test_gaussian_closed_form(p, noise):
+    want = p.mean + p.std / (p.std**2 + 80**2).sqrt() * (80 * noise - p.mean)
+    # 1000 steps of order 2 leave about 1e-5, the last Euler step 1e-8
+    torch.testing.assert_close(sample(p, noise, karras_sigmas(1000, sigma_min=1e-4)), want, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("step", [euler, heun])
+def test_one_step_looks_once_and_lands_on_D(p, noise, step):
+    count = CountNFE(p)
+    x = sample(count, noise, karras_sigmas(1), step)
+    torch.testing.assert_close(x, p(80 * noise, 80.), rtol=0, atol=1e-12)    # rounding of numbers near 80
+    assert count.nfe == 1
+
+
+@pytest.mark.parametrize("step, nfe", [(euler, 18), (heun, 35)])
+def test_number_of_evaluations(p, noise, step, nfe):
+    count = CountNFE(p)
+    sample(count, noise, karras_sigmas(18), step)
+    assert count.nfe == nfe
+
+
+def test_euler_is_ddim(p, noise):
+    def ddim(denoise, x, sigma, sigma_next, carry):
+        a, a_next = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
+        D = denoise(x, sigma)
+        n_hat = (a**0.5 * x - a**0.5 * D) / (1 - a)**0.5
+        return (a_next**0.5 * D + (1 - a_next)**0.5 * n_hat) / a_next**0.5, carry
+    # the same update in other coordinates: rounding of numbers up to 80 over 18 steps
+    x, want = (sample(p, noise, karras_sigmas(18), step) for step in (ddim, euler))
+    torch.testing.assert_close(x, want, rtol=0, atol=1e-11)
+
+
+# --- the loop
+
+def test_callback_gets_state_level_first_D_and_number(p, noise):
+    seen, sigmas = [], karras_sigmas(6)
+    x = sample(p, noise, sigmas, callback=lambda x, sigma, D, i: seen.append((x, sigma, D, i)))
+    assert [s[3] for s in seen] == list(range(6))
+    assert [s[1] for s in seen] == sigmas[:-1].tolist()
+    assert torch.equal(seen[0][0], 80 * noise)
+    for x_i, sigma, D, _ in seen: assert torch.equal(D, p(x_i, sigma))    # the first evaluation, not Heun's second
+    for (x_i, sigma, _, i), after in zip(seen, [*[s[0] for s in seen[1:]], x]):
+        assert torch.equal(heun(p, x_i, sigma, sigmas[i + 1].item())[0], after)
+
+
+def test_callback_that_raises_stops_the_run(p, noise):
+    def stop(x, sigma, D, i):
+        if i == 2: raise KeyboardInterrupt("enough")
+    count = CountNFE(p)
+    with pytest.raises(KeyboardInterrupt, match="enough"): sample(count, noise, karras_sigmas(9), euler, callback=stop)
+    assert count.nfe == 3
+
+
+def test_carry_is_handed_from_step_to_step(p, noise):
+    got = []
+    def step(denoise, x, sigma, sigma_next, carry):
+        got.append(carry)
+        return euler(denoise, x, sigma, sigma_next)[0], sigma
+    sample(p, noise, [3., 2., 1., 0.], step)
+    assert got == [None, 3., 2.]
+
+
+def test_conditioning_reaches_every_evaluation(noise):
+    got = []
+    def denoise(x, sigma, labels=None, scale=None):
+        got.append((labels, scale))
+        return x / (1 + sigma**2)
+    labels = torch.arange(5)
+    sample(denoise, noise, karras_sigmas(3), labels=labels, scale=2)
+    assert len(got) == 5 and all(l is labels and s == 2 for l, s in got)
+
+
+def test_levels_reach_the_denoiser_as_floats(p, noise):
+    record = Recorder(p)
+    sample(record, noise.float(), karras_sigmas(3))
+    assert all(type(s) is float for s in record.sigma)     # tensors on a GPU would make the host wait at each step
+    assert all(x.dtype == torch.float64 for x in record.x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_result_has_the_dtype_asked_for(p, noise, dtype):
+    for answer in (torch.bfloat16, torch.float32, torch.float64):    # whatever the network computes in
+        def network(x, sigma, answer=answer): return p(x, sigma).to(answer)
+        assert sample(network, noise, karras_sigmas(3), dtype=dtype).dtype == dtype
+
+
+def test_noise_is_not_changed_and_no_graph_is_kept(p, noise):
+    before = noise.clone()
+    x = sample(p, noise.requires_grad_(), karras_sigmas(3))
+    assert torch.equal(noise, before) and not x.requires_grad
+
+
+def test_progress_changes_nothing_but_the_screen(p, noise, capsys):
+    quiet = sample(p, noise, karras_sigmas(3))
+    assert capsys.readouterr().err == ""
+    assert torch.equal(sample(p, noise, karras_sigmas(3), progress=True), quiet)
+    assert "0/3" in capsys.readouterr().err    # steps this fast end before the bar's first refresh
+
+
+def test_sigmas_may_be_a_list_and_end_above_zero(p, noise):
+    want = heun(p, 2 * noise, 2., 1.)[0]
+    assert torch.equal(sample(p, noise, [2., 1.]), want)
+    assert torch.equal(sample(p, noise, torch.tensor([2, 1])), want)
+
+
+# --- misuse
+
+@pytest.mark.parametrize("sigmas, message", [
+    ([0., 1., 2.], "decrease"),
+    ([2., 1., 1., 0.], "1.0 then 1.0 at index 1"),
+    ([2., 1., 0., 0.], "0.0 then 0.0 at index 2"),
+    ([2., 1., -1.], "0 or above"),
+    ([math.nan, 1., 0.], "finite"),
+    ([2., math.nan, 0.], "finite"),
+    ([2., 1., math.nan], "finite"),
+    ([math.inf, 1., 0.], "finite"),
+    ([1.], r"\(n\+1,\).*got shape \(1,\)"),
+    ([], r"got shape \(0,\)"),
+    (3., r"got shape \(\)"),
+    ([[2., 1., 0.]], r"got shape \(1, 3\)"),
+])
+def test_bad_sigmas(p, noise, sigmas, message):
+    count = CountNFE(p)
+    with pytest.raises(ValueError, match=message): sample(count, noise, sigmas)
+    assert count.nfe == 0                                                              # refused before any work
+
+
+def test_bad_noise(p, noise):
+    with pytest.raises(ValueError, match="noise must be floating point.*int64"): sample(p, noise.long(), karras_sigmas(3))
+    for bad in (math.nan, math.inf):
+        spoilt = noise.clone()
+        spoilt[1, 0] = bad
+        with pytest.raises(ValueError, match="noise .*finite.* 1 values"): sample(p, spoilt, karras_sigmas(3))
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[:1], lambda x: x[0], lambda x: x[..., None], lambda x: x.sum()])
+def test_denoiser_of_wrong_shape(noise, wrong):
+    with pytest.raises(ValueError, match=r"denoise must return x's shape \(5, 2\), got .* at sigma 80"):
+        sample(lambda x, sigma: wrong(x), noise, karras_sigmas(3))
+
+
+def test_step_that_forgets_carry(p, noise):
+    def forgetful(*args): return euler(*args)[0]
+    # with a batch of two Python would unpack the batch into (x, carry) and go on
+    with pytest.raises(ValueError, match=r"step must return \(x, carry\)"):
+        sample(p, noise[:2], karras_sigmas(3), forgetful)
+
+
+# --- generate
+
+def test_sample_does_not_depend_on_its_batch(mixtures):
+    denoise = mixture(mixtures, "g2")
+    whole = generate(denoise, range(10), (2,), karras_sigmas(8))
+    assert whole.dtype == torch.float32 and whole.shape == (10, 2)
+    for batch in (1, 3, 10, 99):
+        # matrix products of another size may round differently in float64: the last place of float32 at most
+        parts = generate(denoise, range(10), (2,), karras_sigmas(8), batch=batch)
+        torch.testing.assert_close(parts, whole, rtol=2e-7, atol=1e-7)
+    torch.testing.assert_close(generate(denoise, [7, 3], (2,), karras_sigmas(8)), whole[[7, 3]], rtol=2e-7, atol=1e-7)
+
+
+def test_generate_is_exact_for_a_denoiser_that_treats_samples_alike(p):
+    whole = generate(p, range(10), (2,), karras_sigmas(8))
+    assert torch.equal(generate(p, range(10), (2,), karras_sigmas(8), batch=3), whole)    # elementwise: no rounding differs
+    assert torch.equal(whole, sample(p, seeded_noise(range(10), (2,)), karras_sigmas(8)).float())
+    assert torch.equal(generate(p, (s for s in range(10)), (2,), karras_sigmas(8)), whole)
+
+
+def test_generate_uses_its_step_and_splits_labels_like_seeds():
+    got = []
+    def denoise(x, sigma, labels):
+        got.append(labels.tolist())
+        return labels[:, None].to(x).expand_as(x)
+    x = generate(denoise, range(5), (2,), karras_sigmas(2), euler, labels=torch.arange(5), batch=2)
+    assert got == [[0, 1], [0, 1], [2, 3], [2, 3], [4], [4]]
+    torch.testing.assert_close(x, torch.arange(5.)[:, None].expand(5, 2), rtol=0, atol=1e-5)   # lands on D = label
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,), (4, 1), ()])
+def test_generate_refuses_labels_of_wrong_length(p, shape):
+    labels = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"labels must be \(4,\)"):
+        generate(p, range(4), (2,), karras_sigmas(3), labels=labels)
+
+
+def test_generate_refuses_empty_seeds_and_batches(p):
+    for seeds in ([], range(0), iter(())):
+        with pytest.raises(ValueError, match="seeds"): generate(p, seeds, (2,), karras_sigmas(3))
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match="batch must be at least 1"):
+            generate(p, range(4), (2,), karras_sigmas(3), batch=batch)

@@ -1,0 +1,252 @@
+"The U-Net: every layer against its formula, what a fresh network is, labels, sizes, settings."
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ddpm_edm.precond import EDMLoss, EDMPrecond
+from ddpm_edm.unet import Attention, ResBlock, Stage, UNet, noise_embedding, norm
+
+GOLDEN = Path(__file__).parent / "golden" / "unet_embedding.npz"
+ROUNDING = dict(atol=1e-10, rtol=1e-10)    # float64, sums of thousands of terms of order 1
+
+
+def awake(module, seed=0):
+    "float64, with random weights in every convolution, those that start at zero too."
+    torch.manual_seed(seed)
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d): m.reset_parameters()
+    return module.double().eval().requires_grad_(False)
+
+
+def rand(*shape, seed=1): return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_noise_embedding_equals_reference():
+    "The features of EDM's ADM network, recorded from the reference in float64, for ln(sigma)/4 and for large numbers."
+    golden = np.load(GOLDEN)
+    e = noise_embedding(torch.from_numpy(golden["sigma"]).log() / 4, 32)
+    np.testing.assert_allclose(e, golden["features"], atol=2e-7)    # the reference's frequencies are float32
+    steps = noise_embedding(torch.linspace(0, 999, 10, dtype=torch.float64), 32)
+    np.testing.assert_allclose(steps, golden["steps"], atol=1e-4)    # 999 times float32 rounding of a frequency, 6e-8
+    assert e.dtype == torch.float64
+
+
+def test_noise_embedding_similarity_depends_on_the_ratio_alone():
+    c = torch.linspace(-1.6, 1.1, 20, dtype=torch.float64)
+    e = noise_embedding(c, 64)
+    freqs = 10_000.**(-torch.arange(32, dtype=torch.float64) / 32)
+    torch.testing.assert_close(e @ e.T, ((c[:, None] - c)[..., None] * freqs).cos().sum(-1), **ROUNDING)
+
+
+@pytest.mark.parametrize("c, dim, wanted", [(torch.zeros(2, 1), 8, r"\(B,\)"), (torch.zeros(2), 7, "even"), (torch.zeros(2), 0, "positive")])
+def test_noise_embedding_refuses(c, dim, wanted):
+    with pytest.raises(ValueError, match=wanted): noise_embedding(c, dim)
+
+
+@pytest.mark.parametrize("channels, groups", [(1, 1), (2, 1), (3, 1), (4, 1), (32, 8), (48, 12), (64, 16), (96, 24), (128, 32), (144, 24), (192, 32), (512, 32)])
+def test_norm_groups(channels, groups): assert norm(channels).num_groups == groups
+
+
+def test_norm_formula():
+    h, layer = 5 + 3 * rand(2, 48, 4, 6), norm(48).double()
+    g = h.reshape(2, 12, -1)
+    by_hand = (g - g.mean(2, keepdim=True)) / (g.var(2, correction=0, keepdim=True) + layer.eps).sqrt()
+    torch.testing.assert_close(layer(h), by_hand.reshape(h.shape), **ROUNDING)
+
+
+def test_fresh_block_is_the_identity():
+    block = ResBlock(64, 64, 16).double()
+    h = rand(2, 64, 4, 4)
+    assert torch.equal(block(h, rand(2, 16)), h)
+    wider = ResBlock(64, 96, 16).double()
+    assert torch.equal(wider(h, rand(2, 16)), wider.skip(h))
+
+
+def test_block_formula():
+    block, h, emb = awake(ResBlock(32, 64, 16)), rand(2, 32, 4, 4), rand(2, 16, seed=2)
+    a, b = (block.scale_shift.weight @ emb.T + block.scale_shift.bias[:, None]).T[:, :, None, None].split(64, dim=1)
+    u = nn.functional.group_norm(block.conv1(nn.functional.silu(nn.functional.group_norm(h, 8))), 16)
+    wanted = block.skip(h) + block.conv2(nn.functional.silu((1 + a) * u + b))
+    torch.testing.assert_close(block(h, emb), wanted, **ROUNDING)
+
+
+def test_dropout_is_inside_the_block_and_only_in_training():
+    block, h, emb = awake(ResBlock(32, 32, 16, dropout=0.5)), rand(1, 32, 4, 4), rand(1, 16)
+    assert torch.equal(block(h, emb), block(h, emb))
+    block.train()
+    assert not torch.equal(block(h, emb), block(h, emb))
+
+
+def test_attention_is_softmax_over_positions_in_heads_of_32():
+    attend, h = awake(Attention(96)), rand(2, 96, 3, 5)
+    assert attend.heads == 3
+    q, k, v = attend.qkv(attend.norm(h)).reshape(2, 3, 3, 32, 15).unbind(1)
+    out = torch.zeros(2, 3, 32, 15, dtype=torch.float64)
+    for i in range(15):
+        score = (q[..., i, None] * k).sum(2) / 32**0.5
+        w = score.exp() / score.exp().sum(-1, keepdim=True)
+        out[..., i] = (v * w[:, :, None]).sum(-1)
+    torch.testing.assert_close(attend(h), h + attend.out(out.reshape(h.shape)), **ROUNDING)
+
+
+def test_attention_commutes_with_shuffling_and_starts_as_identity():
+    h, order = rand(2, 64, 4, 4), torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    def shuffle(h): return h.flatten(2)[:, :, order].reshape(h.shape)
+    assert torch.equal(Attention(64).double()(h), h)
+    attend = awake(Attention(64))
+    torch.testing.assert_close(attend(shuffle(h)), shuffle(attend(h)), **ROUNDING)
+    with pytest.raises(ValueError, match="multiples of 32, got 48"): Attention(48)
+
+
+CONFIGS = [dict(in_channels=1), dict(in_channels=3, channels=32, mults=(1, 2, 2), blocks=2, attention=(1, 2), num_labels=4),
+           dict(in_channels=5, channels=32, mults=(1,), attention=()), dict(in_channels=2, channels=16, mults=(1, 3, 2), attention=[2], dropout=0.1)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_shapes_and_config_round_trip(config):
+    net = awake(UNet(**config))
+    x, c = rand(2, config["in_channels"], 8, 12), torch.tensor([-1., 0.5], dtype=torch.float64)
+    assert net(x, c).shape == x.shape
+    twin = UNet(**json.loads(json.dumps(net.config))).double().eval()
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin(x, c), net(x, c))
+    assert twin.config == net.config
+
+
+def test_range_as_attention_and_names_of_parameters_stay():
+    net = UNet(1, 32, attention=range(1, 2), num_labels=3)
+    assert net.config["attention"] == [1]
+    top = {name.split(".")[0] for name in net.state_dict()}
+    assert top == {"embed_noise", "embed_label", "stem", "down", "middle", "up", "head"}
+    assert "down.1.0.attention.qkv.weight" in net.state_dict() and "up.0.1.block.scale_shift.bias" in net.state_dict()
+
+
+def test_fresh_network_gives_zero_and_loss_one():
+    "sigma_data is the data's own, so lambda (D - x0)^2 is a squared unit normal at any sigma."
+    net = UNet(1, 32)
+    x0 = 0.5 * torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert not net(x0, torch.zeros(500)).any()
+    for sigma in (0.01, 0.5, 50.):
+        loss = EDMLoss()(EDMPrecond(net), x0, sigma=torch.full((500,), sigma), generator=torch.Generator().manual_seed(1)).mean()
+        assert abs(loss - 1) < 0.04    # 32,000 draws: standard deviation sqrt(2 / 32000) = 0.008, five of them
+
+
+def test_labels():
+    net, c = awake(UNet(1, 32, num_labels=3)), torch.tensor([-1., 0.5], dtype=torch.float64)
+    x = rand(2, 1, 4, 4)
+    none = net(x, c)
+    assert torch.equal(net(x, c, torch.tensor([-1, -1])), none)              # in every bit: guidance subtracts the two
+    mixed = net(x, c, torch.tensor([-1, 2]))
+    torch.testing.assert_close(mixed[0], none[0], **ROUNDING)
+    assert (mixed[1] - none[1]).abs().max() > 0.01
+    by_hand = net.embed_noise(noise_embedding(c, 32)) + net.embed_label.weight[[0, 2]]
+    torch.testing.assert_close(net.condition(c, torch.tensor([0, 2])), nn.functional.silu(by_hand), **ROUNDING)
+    assert torch.equal(UNet(1, 32, num_labels=3).eval()(x.float(), c.float(), torch.tensor([0, 1])), torch.zeros(2, 1, 4, 4))
+
+
+def test_withheld_labels_get_no_gradient():
+    net = UNet(1, 32, num_labels=3)
+    net.condition(torch.zeros(3), torch.tensor([-1, 1, -1])).sum().backward()
+    assert [row.any().item() for row in net.embed_label.weight.grad] == [False, True, False]
+
+
+def test_images_of_a_batch_do_not_mix():
+    net, x, c = awake(UNet(2, 32)), rand(3, 2, 8, 8), torch.tensor([-1., 0., 1.], dtype=torch.float64)
+    one_by_one = torch.cat([net(x[i:i + 1], c[i:i + 1]) for i in range(3)])
+    torch.testing.assert_close(net(x, c), one_by_one, **ROUNDING)
+
+
+def test_every_parameter_matters():
+    "No weight is dead, so every skip connection and every block is wired in."
+    net = awake(UNet(2, 32, mults=(1, 1, 2), blocks=2, attention=(1,), num_labels=2)).requires_grad_(True)
+    net(rand(2, 2, 8, 8), torch.tensor([-1., 1.], dtype=torch.float64), torch.tensor([0, 1])).square().sum().backward()
+    # a key's bias adds the same to all scores of a query and softmax drops it: its gradient is rounding, others are not tested for size
+    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_skip_connections_are_last_in_first_out():
+    "Every stage on the way up takes the latest tensor of its size that no other has taken."
+    net, made, taken, before = awake(UNet(1, 32, mults=(1, 2, 2), blocks=2)), [], [], [0]
+    def note(module, args, out):
+        if id(module) in up: taken.append(args[0][:, before[0]:])
+        elif isinstance(module, Stage) and module not in net.middle:
+            if made and args[0].shape[-1] < made[-1].shape[-1]: made.append(args[0])    # halved
+            made.append(out)
+        before[0] = out.shape[1]
+        if module is net.stem: made.append(out)
+    up = {id(s) for row in net.up for s in row}
+    for m in net.modules():
+        if isinstance(m, Stage) or m is net.stem: m.register_forward_hook(note)
+    net(rand(1, 1, 8, 8), torch.zeros(1, dtype=torch.float64))
+    assert len(made) == len(taken) == 9
+    assert all(torch.equal(a, b) for a, b in zip(reversed(made), taken))
+
+
+def test_view_of_one_level_is_25_pixels():
+    "12 convolutions of size 3 in a row, once normalization and attention, which see everything, are out."
+    net = UNet(1, 32, mults=(1,), attention=())
+    for m in list(net.modules()):
+        for name, child in list(m.named_children()):
+            if isinstance(child, nn.GroupNorm | Attention): setattr(m, name, nn.Identity())
+    x = rand(1, 1, 40, 40).requires_grad_()
+    grad, = torch.autograd.grad(awake(net)(x, torch.zeros(1, dtype=torch.float64))[0, 0, 20, 20], x)
+    assert (grad[0, 0] != 0).any(0).nonzero().flatten().tolist() == list(range(8, 33))
+
+
+def test_bfloat16_autocast_trains():
+    net = UNet(1, 32, num_labels=2)
+    with torch.autocast("cpu", torch.bfloat16): out = net(torch.randn(2, 1, 4, 4), torch.zeros(2), torch.tensor([0, -1]))
+    out.float().sub(1).square().mean().backward()
+    assert net.head[2].weight.grad.isfinite().all() and net.head[2].weight.grad.any()
+
+
+def test_it_learns():
+    "Twenty steps on one batch: the loss must fall well below the 1 of a fresh network."
+    torch.manual_seed(0)
+    x0, denoiser = torch.randn(8, 1, 1, 1).sign().expand(8, 1, 8, 8) * 0.5, EDMPrecond(UNet(1, 32))
+    opt, loss = torch.optim.Adam(denoiser.parameters(), 2e-3), EDMLoss()
+    for _ in range(20):
+        l = loss(denoiser, x0, sigma=torch.full((8,), 0.5)).mean()
+        l.backward(); opt.step(); opt.zero_grad()
+    assert l < 0.5
+
+
+@pytest.mark.parametrize("settings, wanted", [
+    (dict(in_channels=0), "in_channels must be a positive integer, got 0"),
+    (dict(channels=64.), "channels must be a positive integer, got 64.0"),
+    (dict(channels=33, mults=(1, 32)), "channels must be even"),
+    (dict(mults=()), "mults must hold"),
+    (dict(mults=(1, 0)), r"mults\[1\] must be a positive integer, got 0"),
+    (dict(mults=(1, 1.5)), r"mults\[1\] must be a positive integer, got 1.5"),
+    (dict(blocks=0), "blocks must be a positive integer"),
+    (dict(attention=(2,)), "levels from 0 to 1, got 2"),
+    (dict(attention=(-1,)), "levels from 0 to 1, got -1"),
+    (dict(channels=48, mults=(1, 1)), "attention at level 1 needs channels in multiples of 32, got 48"),
+    (dict(channels=16, attention=(0,)), "attention at level 0 needs channels in multiples of 32, got 16"),
+    (dict(num_labels=-1), "num_labels must be an integer from 0, got -1"),
+    (dict(dropout=1.), "dropout must be from 0 to below 1, got 1"),
+])
+def test_settings_refused(settings, wanted):
+    with pytest.raises(ValueError, match=wanted): UNet(**dict(in_channels=1) | settings)
+
+
+@pytest.mark.parametrize("shape, labels, wanted", [
+    ((2, 1, 6, 8), None, "multiples of 4 for 3 levels, got 6 x 8"),
+    ((2, 1, 8, 7), None, "multiples of 4 for 3 levels, got 8 x 7"),
+    ((2, 3, 8, 8), None, r"x must be \(B, 1, H, W\), got shape \(2, 3, 8, 8\)"),
+    ((1, 8, 8), None, r"x must be \(B, 1, H, W\)"),
+    ((2, 1, 8, 8), [0, 3], r"-1 \(none\) to 2, got 0 to 3"),
+    ((2, 1, 8, 8), [-2, 0], "got -2 to 0"),
+    ((2, 1, 8, 8), [[0], [1]], r"labels must be \(B,\), got shape \(2, 1\)"),
+])
+def test_calls_refused(shape, labels, wanted):
+    net = UNet(1, 32, mults=(1, 1, 1), num_labels=3)
+    with pytest.raises(ValueError, match=wanted): net(torch.zeros(shape), torch.zeros(2), None if labels is None else torch.tensor(labels))
+
+
+def test_labels_refused_by_an_unconditional_network():
+    with pytest.raises(ValueError, match="num_labels=0"): UNet(1, 32)(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.tensor([-1]))
