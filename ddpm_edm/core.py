@@ -7,7 +7,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/core.html.md"""
 # %% auto #0
 __all__ = ['COLORS', 'image_grid', 'show_images', 'expand', 'Denoiser', 'score_of', 'eps_of', 'CountNFE', 'seeded_noise']
 
-# %% ../nbs/00_core.ipynb #cf7b34ac
+# %% ../nbs/00_core.ipynb #e6746c1c
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +19,7 @@ if TYPE_CHECKING:    # for annotations only: drawing libraries are imported when
     import matplotlib.axes
     import PIL.Image
 
-# %% ../nbs/00_core.ipynb #861125e2
+# %% ../nbs/00_core.ipynb #9f14aba8
 def image_grid(
     x: Tensor,                # images, (B, C, H, W) in [-1, 1], C = 1, 3 or 4
     ncols: int | None = None, # images per row; default: as square as possible
@@ -42,7 +42,7 @@ def image_grid(
     image = Image.fromarray(grid.squeeze(-1).numpy())
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
-# %% ../nbs/00_core.ipynb #952aa072
+# %% ../nbs/00_core.ipynb #8babda23
 def show_images(
     x: Tensor,                              # images, (B, C, H, W) in [-1, 1]
     ncols: int | None = None,               # images per row; default: as square as possible
@@ -67,24 +67,25 @@ def show_images(
     if title: ax.set_title(title)
     return ax
 
-# %% ../nbs/00_core.ipynb #cf5e1871
+# %% ../nbs/00_core.ipynb #56885205
 # One colour for one method on every page (Okabe and Ito's palette, safe for colour-blind readers)
 COLORS = {"data": "#000000", "exact": "#999999", "euler": "#E69F00", "heun": "#0072B2",
           "ddpm": "#D55E00", "ddim": "#F0E442", "dpmpp": "#009E73", "langevin": "#CC79A7", "edm": "#56B4E9"}
 
-# %% ../nbs/00_core.ipynb #6f113246
+# %% ../nbs/00_core.ipynb #80083a69
 def expand(
     sigma: float | Tensor,   # one value, or one per sample: float, 0-d or (B,)
     x: Tensor,               # sample to broadcast against, (B, *), floating point
 ) -> Tensor:                 # in x's dtype and device; (1, ..., 1) or (B, 1, ..., 1)
     "Reshape noise levels so that they broadcast over samples."
     if not x.is_floating_point(): raise ValueError(f"x must be floating point, got {x.dtype}")
-    s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if not isinstance(sigma, Tensor): return x.new_full((1,) * x.ndim, float(sigma))    # filled on the device: no copy to wait for
+    s = sigma.to(x)
     if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(x))):
         raise ValueError(f"sigma must be a float, 0-d or ({len(x)},) for x of {tuple(x.shape)}, got {tuple(s.shape)}")
     return s.reshape(-1, *[1] * (x.ndim - 1))
 
-# %% ../nbs/00_core.ipynb #ae2d3ef4
+# %% ../nbs/00_core.ipynb #00c11902
 class Denoiser(Protocol):
     "Anything that estimates the clean `x0` from `x = x0 + sigma * n`, `n ~ N(0, I)`."
     def __call__(
@@ -94,7 +95,7 @@ class Denoiser(Protocol):
         **cond: Any,             # conditioning, such as `labels` (B,)
     ) -> Tensor: ...             # D, the estimate of x0, (B, *)
 
-# %% ../nbs/00_core.ipynb #5e19df56
+# %% ../nbs/00_core.ipynb #b94efe6c
 def score_of(
     D: Tensor,               # denoiser's output at (x, sigma), (B, *)
     x: Tensor,               # noisy sample, (B, *)
@@ -103,7 +104,7 @@ def score_of(
     "Score from a denoiser (Tweedie's formula; Karras et al. 2022, eq. 3)."
     return (D - x) / expand(sigma, x)**2
 
-# %% ../nbs/00_core.ipynb #44c1c1d4
+# %% ../nbs/00_core.ipynb #561d025a
 def eps_of(
     D: Tensor,               # denoiser's output at (x, sigma), (B, *)
     x: Tensor,               # noisy sample, (B, *)
@@ -112,7 +113,7 @@ def eps_of(
     "Noise estimate from a denoiser: the n for which x = D + sigma n."
     return (x - D) / expand(sigma, x)
 
-# %% ../nbs/00_core.ipynb #3d2418e5
+# %% ../nbs/00_core.ipynb #a5ff6094
 class CountNFE:
     "Wrap a denoiser and count its evaluations (number of function evaluations) in `nfe`."
     def __init__(self, denoise: Denoiser): self.denoise, self.nfe = denoise, 0
@@ -120,7 +121,7 @@ class CountNFE:
         self.nfe += 1
         return self.denoise(x, sigma, **cond)
 
-# %% ../nbs/00_core.ipynb #07fbc7ee
+# %% ../nbs/00_core.ipynb #7d6f5d64
 def seeded_noise(
     seeds: Iterable[int],                 # one seed per sample, each from 0 to 2**32 - 1
     shape: Sequence[int],                 # shape of one sample, such as (C, H, W)

@@ -8,7 +8,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/data.html.md"""
 __all__ = ['SUFFIXES', 'DATASETS', 'Stats', 'ImageData', 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'image_folder',
            'load_data']
 
-# %% ../nbs/12_data.ipynb #4e28f0ce
+# %% ../nbs/12_data.ipynb #b30e1305
 import hashlib
 import warnings
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/12_data.ipynb #9eb004e5
+# %% ../nbs/12_data.ipynb #0808b39c
 def _checked_labels(labels, n: int, classes: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     "Labels (n,) as int64 and a name for each class, or an error that says where they are wrong."
     labels = torch.as_tensor(labels)
@@ -33,13 +33,13 @@ def _checked_labels(labels, n: int, classes: Sequence[str] | None) -> tuple[Tens
         raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {int(labels[at])} at {at} ({int(wrong.sum())} of {n} are wrong)")
     return labels, list(classes)
 
-# %% ../nbs/12_data.ipynb #9b733c0d
+# %% ../nbs/12_data.ipynb #b0f36923
 class Stats(NamedTuple):
     "Mean and standard deviation of all pixels, in [-1, 1] units; `std` is what EDM calls sigma_data."
     mean: float
     std: float
 
-# %% ../nbs/12_data.ipynb #85027195
+# %% ../nbs/12_data.ipynb #9e87317b
 class ImageData:
     "Images held in memory as uint8, on any device, and served as float batches in [-1, 1]."
     def __init__(
@@ -110,14 +110,14 @@ class ImageData:
         if self.labels is not None: h.update(self.labels.cpu().numpy().tobytes())
         return h.hexdigest()[:16]
 
-# %% ../nbs/12_data.ipynb #b7cc8771
+# %% ../nbs/12_data.ipynb #45d64802
 def digits() -> ImageData:
     "1797 scanned digits, 1 x 8 x 8 with 17 grey levels, that come with scikit-learn (Alpaydin & Kaynak 1998)."
     from sklearn.datasets import load_digits
     d = load_digits()
     return ImageData(torch.tensor(d.images, dtype=torch.uint8)[:, None], torch.tensor(d.target), name="digits", max_value=16)
 
-# %% ../nbs/12_data.ipynb #d0d04907
+# %% ../nbs/12_data.ipynb #08d09a48
 def _why(e: Exception) -> str: return str(e) or type(e).__name__
 
 def _torchvision(dataset: str, name: str, root: str | Path) -> ImageData:
@@ -130,7 +130,7 @@ def _torchvision(dataset: str, name: str, root: str | Path) -> ImageData:
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return ImageData(images, torch.as_tensor(d.targets), d.classes, name)
 
-# %% ../nbs/12_data.ipynb #ca8517ea
+# %% ../nbs/12_data.ipynb #d3976905
 def mnist(root: str | Path = "data") -> ImageData:
     "60,000 handwritten digits, 1 x 28 x 28 (LeCun et al. 1998)."
     return _torchvision("MNIST", "mnist", root)
@@ -143,7 +143,7 @@ def cifar10(root: str | Path = "data") -> ImageData:
     "50,000 photographs of ten kinds of thing, 3 x 32 x 32 (Krizhevsky 2009)."
     return _torchvision("CIFAR10", "cifar10", root)
 
-# %% ../nbs/12_data.ipynb #864bd930
+# %% ../nbs/12_data.ipynb #ff2d039e
 def _read_image(path: Path, size: tuple[int, int], mode: str) -> Tensor:
     "One picture, upright, scaled to cover (H, W) and cut to it around the centre; (C, H, W) uint8."
     from PIL import Image, ImageOps
@@ -157,7 +157,7 @@ def _read_image(path: Path, size: tuple[int, int], mode: str) -> Tensor:
         image = ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
 
-# %% ../nbs/12_data.ipynb #933a4982
+# %% ../nbs/12_data.ipynb #65b28b15
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 def _picture_files(path: Path) -> list[Path]:
@@ -170,7 +170,7 @@ def _picture_files(path: Path) -> list[Path]:
         raise ValueError(f"{path} holds pictures beside folders of pictures; put every picture into a class folder, or none")
     return sorted(files, key=lambda f: f.relative_to(path).parts)
 
-# %% ../nbs/12_data.ipynb #2c950262
+# %% ../nbs/12_data.ipynb #a8be86b2
 def image_folder(
     path: str | Path,                 # folder of pictures, or of one folder of pictures per class
     size: int | tuple[int, int],      # height and width, or one number for both
@@ -197,7 +197,7 @@ def image_folder(
     labels = torch.tensor([classes.index(parts[0]) for parts in read]) if classes else None
     return ImageData(images[:len(read)], labels, classes or None, path.resolve().name)
 
-# %% ../nbs/12_data.ipynb #45887886
+# %% ../nbs/12_data.ipynb #43a62447
 DATASETS = {"digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10}
 
 def load_data(

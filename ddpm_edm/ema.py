@@ -1,4 +1,4 @@
-"""Average a network's weights over its last steps, and it is better than any of them. Three lines of code, and six ways to get them wrong.
+"""Average a network's weights over its last steps to quiet their jitter: three lines of code, and six ways to get them wrong.
 
 Docs: https://ddpm-edm.github.io/ddpm_edm/ema.html.md"""
 
@@ -7,14 +7,13 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/ema.html.md"""
 # %% auto #0
 __all__ = ['ema_beta', 'EMA']
 
-# %% ../nbs/14_ema.ipynb #369c2b5c
+# %% ../nbs/14_ema.ipynb #542f3a92
 import copy
-import math
 
 import torch
 from torch import nn
 
-# %% ../nbs/14_ema.ipynb #a7908628
+# %% ../nbs/14_ema.ipynb #21fed17b
 def ema_beta(
     batch: int,                  # images in this step
     seen: int,                   # images seen up to and including this step
@@ -32,14 +31,14 @@ def _check_length(halflife, rampup) -> None:
     if not halflife >= 0: raise ValueError(f"halflife must be 0 or more images, got {halflife}")
     if rampup is not None and not rampup >= 0: raise ValueError(f"rampup must be 0 or more, or None, got {rampup}")
 
-# %% ../nbs/14_ema.ipynb #b3cfc8e9
+# %% ../nbs/14_ema.ipynb #c1273784
 def _parts(model: nn.Module) -> tuple[list, list]:
     "The tensors of a network that are averaged, and those that are copied."
     parameters = [p.detach() for p in model.parameters()]
     averaged = [p for p in parameters if p.is_floating_point() or p.is_complex()]
     return averaged, [p for p in parameters if not (p.is_floating_point() or p.is_complex())] + list(model.buffers())
 
-# %% ../nbs/14_ema.ipynb #3dfd6380
+# %% ../nbs/14_ema.ipynb #c2557953
 class EMA:
     "Exponential moving average of a network's weights, with a half-life in images seen."
     def __init__(

@@ -7,7 +7,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/solvers.html.md"""
 # %% auto #0
 __all__ = ['euler', 'heun', 'sample', 'generate']
 
-# %% ../nbs/08_solvers.ipynb #5055381f
+# %% ../nbs/08_solvers.ipynb #19849bdb
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import Any
@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 
 from .core import Denoiser, seeded_noise
 
-# %% ../nbs/08_solvers.ipynb #2f502581
+# %% ../nbs/08_solvers.ipynb #ffd18435
 def euler(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
     "One Euler step of dx/dsigma = (x - D) / sigma; one evaluation, first order. The same as DDIM (Song et al. 2021)."
     d = (x - denoise(x, sigma)) / sigma
     return x + (sigma_next - sigma) * d, carry
 
-# %% ../nbs/08_solvers.ipynb #2b45ef3b
+# %% ../nbs/08_solvers.ipynb #6687f80f
 def heun(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
     "One Heun step (Karras et al. 2022, Algorithm 1); two evaluations, second order; Euler if it ends at sigma = 0."
     d = (x - denoise(x, sigma)) / sigma
@@ -33,7 +33,7 @@ def heun(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: A
     d_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
     return x + (sigma_next - sigma) * (d + d_next) / 2, carry
 
-# %% ../nbs/08_solvers.ipynb #76a5dc42
+# %% ../nbs/08_solvers.ipynb #289cb4f8
 def _check_sigmas(sigmas: Tensor) -> list[float]:
     "The noise levels as floats, refused unless they decrease and stay at or above zero."
     levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
@@ -45,7 +45,7 @@ def _check_sigmas(sigmas: Tensor) -> list[float]:
             raise ValueError(f"sigmas must be finite, decrease and end at 0 or above; {high} then {low} at index {i}")
     return levels
 
-# %% ../nbs/08_solvers.ipynb #d1d37447
+# %% ../nbs/08_solvers.ipynb #98ca61e6
 class _Evaluate:
     "The denoiser as a step sees it: conditioned, checked, and remembering the step's first answer."
     def __init__(self, denoise: Denoiser, dtype: torch.dtype, cond: dict):
@@ -59,7 +59,7 @@ class _Evaluate:
         if self.first is None: self.first = D
         return D
 
-# %% ../nbs/08_solvers.ipynb #ffd85aa6
+# %% ../nbs/08_solvers.ipynb #317e938f
 @torch.no_grad()
 def sample(
     denoise: Denoiser,                      # what estimates x0 from (x, sigma)
@@ -88,7 +88,7 @@ def sample(
         if callback is not None: callback(x=before, sigma=sigma, D=evaluate.first, i=i)
     return x
 
-# %% ../nbs/08_solvers.ipynb #07061710
+# %% ../nbs/08_solvers.ipynb #454c7aee
 def generate(
     denoise: Denoiser,                  # what estimates x0 from (x, sigma)
     seeds: Iterable[int],               # one per sample
@@ -98,7 +98,7 @@ def generate(
     *,
     labels: Tensor | None = None,       # classes, (len(seeds),), or none
     batch: int = 256,                   # samples made at a time
-    device: str | torch.device = "cpu", # where
+    device: str | torch.device | None = None,   # where; default: with the denoiser's weights, or on the CPU
     progress: bool = False,             # show a progress bar
 ) -> Tensor:                            # (len(seeds), *shape) float32 on the CPU
     "Samples by seed, in batches that fit in memory; sample i depends on seeds[i] and labels[i], not on the batch."
@@ -106,13 +106,14 @@ def generate(
     if not seeds: raise ValueError("seeds must hold at least one integer, got none")
     if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
     if labels is not None:
-        labels = torch.as_tensor(labels, device=device)
+        labels = torch.as_tensor(labels)
         if labels.shape != (len(seeds),):
             raise ValueError(f"labels must be ({len(seeds)},), one per seed, got shape {tuple(labels.shape)}")
+    if device is None: device = next((p.device for p in getattr(denoise, "parameters", list)()), "cpu")
     parts = []
     for start in tqdm(range(0, len(seeds), batch), disable=not progress):
         part = slice(start, start + batch)
-        cond = {} if labels is None else {"labels": labels[part]}
-        x = sample(denoise, seeded_noise(seeds[part], shape, device=device), sigmas, step, progress=progress, **cond)
+        cond = {} if labels is None else {"labels": labels[part].to(device)}
+        x = sample(denoise, seeded_noise(seeds[part], shape, device=device), sigmas, step, **cond)
         parts.append(x.float().cpu())
     return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Turn a network into a denoiser: start from a loop of five lines, then add what makes a training repeatable, steady, and safe against a kill at any moment.
+"""From a loop of five lines to a training that is repeatable, steady, and safe against a kill at any moment.
 
 Docs: https://ddpm-edm.github.io/ddpm_edm/train.html.md"""
 
@@ -65,7 +65,7 @@ def learning_rate(
     decay = lr_end + (1 - lr_end) * (1 + math.cos(math.pi * min(seen / images, 1))) / 2
     return lr * decay * min(1, (seen + 1) / max(warmup, 1))
 
-# %% ../nbs/15_train.ipynb #8c518624
+# %% ../nbs/15_train.ipynb #1b11f115
 def _whole(name: str, value, least: int) -> int:
     "An integer setting; 1e5 is as good as 100_000, but 64.5 is refused."
     try: number = int(value)
@@ -76,8 +76,10 @@ def _whole(name: str, value, least: int) -> int:
 
 def _real(name: str, value, most: float = math.inf) -> float:
     "A setting that is positive, or from 0 to `most`."
-    good = isinstance(value, (int, float)) and math.isfinite(value) and (0 <= value <= most if most < math.inf else value > 0)
-    if not good: raise ValueError(f"{name} must be {f'from 0 to {most}' if most < math.inf else 'positive'}, got {value!r}")
+    limited = most < math.inf
+    good = isinstance(value, (int, float)) and math.isfinite(value) and (0 <= value <= most if limited else value > 0)
+    if not good:
+        raise ValueError(f"{name} must be {f'from 0 to {most}' if limited else 'positive'}, got {value!r}")
     return float(value)
 
 # %% ../nbs/15_train.ipynb #b234511a
@@ -103,15 +105,16 @@ class Settings:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
 
-# %% ../nbs/15_train.ipynb #ba935335
+# %% ../nbs/15_train.ipynb #5bd669d0
 def _draw(s: Settings, data: ImageData, seen: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    "All that is random in the step after `seen` images: index, sigma, n, labels withheld, a seed for dropout in the network."
+    "All that is random in the step after `seen` images: index, sigma, n, labels withheld, a seed for dropout."
     g = _generator(s.seed, 1, seen)
     sigma, n = s.noise.sample(s.batch, g), torch.randn(s.batch, *data.shape, generator=g)
     withheld = torch.rand(s.batch, generator=g) < s.label_dropout
-    return _batch_index(s.seed, seen, s.batch, len(data)), sigma, n, withheld, int(torch.randint(2**31, (), generator=g))
+    dropout_seed = int(torch.randint(2**31, (), generator=g))
+    return _batch_index(s.seed, seen, s.batch, len(data)), sigma, n, withheld, dropout_seed
 
-# %% ../nbs/15_train.ipynb #d1e77087
+# %% ../nbs/15_train.ipynb #de98f76c
 class Trainer:
     "A denoiser in training. Step k is a function of (seed, k) and the state, so a resumed run is the run itself."
     def __init__(self, denoiser: EDMPrecond, data: ImageData, settings: Settings):
@@ -119,11 +122,12 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision="no")    # `precision` decides, not the environment
         self.device, self.settings, self.data = self.accelerator.device, settings, data.to(self.accelerator.device)
         if settings.batch % self.accelerator.num_processes:
-            raise ValueError(f"batch must be a multiple of the {self.accelerator.num_processes} processes, got {settings.batch}")
+            raise ValueError(f"batch must be a multiple of {self.accelerator.num_processes} processes, got {settings.batch}")
         self.denoiser = denoiser.to(self.device).train().requires_grad_(True)
         self.ema = EMA(self.denoiser, settings.ema_halflife)
         self.model = self.accelerator.prepare(self.denoiser)    # the same, or its distributed wrapper
-        self.opt = torch.optim.AdamW(self.denoiser.parameters(), settings.lr, betas=(0.9, 0.99), fused=self.device.type != "mps")
+        self.opt = torch.optim.AdamW(self.denoiser.parameters(), settings.lr, betas=(0.9, 0.99),
+                                     fused=self.device.type != "mps")
         self.loss = EDMLoss(settings.noise, denoiser.sigma_data)
         self.seen, self.losses = 0, []    # images seen; losses since the last log
 
@@ -241,7 +245,7 @@ def _brief(e: Exception) -> str:
     "An error in one line."
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
-# %% ../nbs/15_train.ipynb #c7afd4d1
+# %% ../nbs/15_train.ipynb #a42477de
 def read_log(
     run: str | Path,    # run folder
 ) -> list[dict]:        # what was logged, in order
@@ -258,7 +262,8 @@ def sample_picture(
     "Samples, 8 a row and one class a row (the first ten classes), always from the same noise."
     rows = min(denoiser.net.num_labels, 10) or 8
     labels = torch.arange(rows).repeat_interleave(8) if denoiser.net.num_labels else None
-    x = generate(denoiser, range(8 * rows), shape, karras_sigmas(18), labels=labels, device=next(denoiser.parameters()).device)
+    device = next(denoiser.parameters()).device
+    x = generate(denoiser, range(8 * rows), shape, karras_sigmas(18), labels=labels, device=device)
     return image_grid(x if shape[0] in (1, 3, 4) else x[:, :1], ncols=8)    # without colours: the first channel
 
 def plot_loss(
@@ -266,12 +271,11 @@ def plot_loss(
 ) -> "matplotlib.figure.Figure":
     "The loss of a run against images seen."
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
     log, fig = read_log(run), Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
     ax = fig.subplots()
-    ax.plot([m["images"] for m in log], [m["loss"] for m in log], color="#0072B2", marker="." if len(log) < 30 else None)
+    ax.plot([m["images"] for m in log], [m["loss"] for m in log], ".-" if len(log) < 30 else "-", color="#0072B2")
     ax.set(xlabel="images seen", ylabel="loss (a fresh network has about 1)", title="Training loss", yscale="log")
-    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): put(LogFormatter(minor_thresholds=(2, 0.5)))
+    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): put("{x:.2g}")
     return fig
 
 # %% ../nbs/15_train.ipynb #52e98498
@@ -284,9 +288,10 @@ def _differences(here: dict, there: dict, prefix: str = "") -> list[str]:
         elif a != b: phrases.append(f"{prefix}{k} is {b} there and {a} here")
     return phrases
 
-# %% ../nbs/15_train.ipynb #04e3acaf
+# %% ../nbs/15_train.ipynb #2aee318a
 class RunFolder:
-    "The files of one training run. Each is replaced in one piece, so a kill at any moment leaves a folder to go on with."
+    """The files of a training run. Each is replaced in one piece, and the state last of what is due after a step: so
+    a kill at any moment leaves a folder to go on with, and the resumed run repeats what was not written."""
     def __init__(
         self,
         path: str | Path,
@@ -294,16 +299,22 @@ class RunFolder:
         resume: bool,           # go on with a run that is there already
         main: bool = True,      # whether this process is the one that writes
     ):
-        self.path, self.config, self.main = Path(path), json.loads(json.dumps(config)), main    # as it will be read back
+        self.path, self.main = Path(path), main
+        self.config = json.loads(json.dumps(config))    # as it will be read back
         self.state, self.metrics = self.path / "state" / "latest.safetensors", self.path / "metrics.jsonl"
         file = self.path / "config.json"
         if file.is_file():
             self._check_same(file)
-            if not resume: raise ValueError(f"{path} already holds this run; go on with resume=True (--resume), or choose another out")
-        elif self.path.exists() and (not self.path.is_dir() or any(f.name != ".config.json.tmp.json" for f in self.path.iterdir())):
+            if not resume:
+                raise ValueError(f"{path} already holds this run; go on with resume=True (--resume), or choose another out")
+        elif self.path.exists() and not self._is_empty():
             raise ValueError(f"{path} exists and holds no run; choose another out")
         else:
             with replacing(file) as f: f.write_text(json.dumps(config, indent=2))
+
+    def _is_empty(self) -> bool:
+        "Whether the path is a folder without files; one that a kill in the first of all writes left does not count."
+        return self.path.is_dir() and all(f.name == ".config.json.tmp.json" for f in self.path.iterdir())
 
     def _check_same(self, file: Path) -> None:
         try: differ = _differences(self.config, dict(json.loads(file.read_text())))
@@ -333,7 +344,8 @@ class RunFolder:
     def log(self, seen: int, **metrics) -> None:
         "Append one line to metrics.jsonl."
         (before, seen_before), self.clock = self.clock, (time.perf_counter(), seen)
-        metrics = dict(images=seen) | metrics | dict(images_per_second=round((seen - seen_before) / (self.clock[0] - before), 1))
+        speed = (seen - seen_before) / (self.clock[0] - before)
+        metrics = dict(images=seen) | metrics | dict(images_per_second=round(speed, 1))
         if not self.main: return
         with _naming(self.metrics), open(self.metrics, "a") as f:
             f.write(json.dumps(metrics) + "\n")
@@ -347,7 +359,7 @@ class RunFolder:
         with replacing(self.path / "samples" / f"{seen:09d}.png") as f: picture.save(f)
         with replacing(self.path / "loss.png") as f: figure.savefig(f)
 
-# %% ../nbs/15_train.ipynb #ae399419
+# %% ../nbs/15_train.ipynb #926c720f
 def _check_finite(trainer: Trainer, out: Path) -> None:
     "Stop a training whose loss or weights are not numbers any more, before anything of it is saved."
     state = _state(trainer)
@@ -356,10 +368,10 @@ def _check_finite(trainer: Trainer, out: Path) -> None:
     bad = next((i for i, l in enumerate(losses) if not math.isfinite(l)), None)
     name = next((k for k, v in state.items() if not v.isfinite().all()), None)
     if name is None: return
-    if bad is not None: what = f"the loss is {losses[bad]} at step {step + bad} ({(step + bad) * batch} images)"
-    else: what = f"{name} is not finite after step {trainer.seen // batch} ({trainer.seen} images)"
-    raise FloatingPointError(f"{what} with {trainer.settings}; {out} keeps the last good model and state; "
-                             "try a lower lr in another folder")
+    what = f"{name} is not finite after step" if bad is None else f"the loss is {losses[bad]} at step"
+    at = trainer.seen // batch if bad is None else step + bad
+    raise FloatingPointError(f"{what} {at} ({at * batch} images) with {trainer.settings}; {out} keeps the last good "
+                             "model and state; try a lower lr in another folder")
 
 # %% ../nbs/15_train.ipynb #8305a2e2
 @contextmanager
@@ -376,9 +388,9 @@ def _stop_signals() -> Iterator[list]:
     try: yield caught
     finally: put_back()
 
-# %% ../nbs/15_train.ipynb #640f9432
+# %% ../nbs/15_train.ipynb #ed932438
 def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> float | None:
-    "One step, and what is due after it; the mean loss if it was logged. Saving comes last: a resumed run repeats what a kill kept from being written."
+    "One step, and what is due after it; the mean loss if it was logged. Saving comes last: see RunFolder."
     before, loss = trainer.seen, None
     trainer.step()
     done = trainer.seen >= trainer.settings.images
@@ -393,17 +405,19 @@ def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> floa
     if "save" in due: folder.save(trainer)
     return loss
 
-# %% ../nbs/15_train.ipynb #d0d2a92f
+# %% ../nbs/15_train.ipynb #abcd21ac
 def _check_fit(denoiser: EDMPrecond, data: ImageData) -> None:
     "Refuse a network that can't be saved, or can't learn this data, before a folder is made."
     if type(denoiser) is not EDMPrecond or type(denoiser.net) is not UNet:
-        raise ValueError(f"denoiser must be an EDMPrecond around a UNet, so that load can build it again, got {type(denoiser).__name__}"
-                         + (f" around {type(denoiser.net).__name__}" if hasattr(denoiser, "net") else ""))
+        raise ValueError("denoiser must be an EDMPrecond around a UNet, so that load can build it again, got "
+                         + " around ".join(type(part).__name__ for part in (denoiser, getattr(denoiser, "net", None)) if part))
     if denoiser.net.num_labels not in (0, data.num_labels):
-        raise ValueError(f"the network must know 0 labels or the data's {data.num_labels}, got num_labels={denoiser.net.num_labels}")
-    with torch.no_grad(): denoiser(data.batch(slice(0, 1))[0].to(next(denoiser.parameters()).device), 1.)    # sizes and channels
+        raise ValueError(f"the network must know 0 labels or the data's {data.num_labels}, "
+                         f"got num_labels={denoiser.net.num_labels}")
+    x = data.batch(slice(0, 1))[0].to(next(denoiser.parameters()).device)
+    with torch.no_grad(): denoiser(x, 1.)    # finds sizes and channels that do not fit
 
-# %% ../nbs/15_train.ipynb #4306556a
+# %% ../nbs/15_train.ipynb #7f63fc4d
 def train(
     denoiser: EDMPrecond,               # what to train, in place
     data: ImageData,                    # what it shall learn; its labels too, if the network has any
@@ -427,8 +441,10 @@ def train(
 ) -> EDMPrecond:                        # the denoiser with averaged weights
     "Train a denoiser into a run folder; `load(out)` gives it back."
     settings = Settings(images, batch, lr, lr_end, warmup, ema_halflife, label_dropout, noise, seed, precision)
-    every = {what: _whole(f"{what}_every", n, 1) for what, n in dict(log=log_every, save=save_every, sample=sample_every).items()}
-    with torch.random.fork_rng(range(torch.cuda.device_count())), _stop_signals() as stopped:    # the caller's random numbers stay
+    every = dict(log=log_every, save=save_every, sample=sample_every)
+    every = {what: _whole(f"{what}_every", n, 1) for what, n in every.items()}
+    # the caller's random numbers stay as they were
+    with torch.random.fork_rng(range(torch.cuda.device_count())), _stop_signals() as stopped:
         _check_fit(denoiser, data)
         config = dict(net=denoiser.net.config, sigma_data=denoiser.sigma_data, shape=data.shape, classes=data.classes,
                       data=dict(name=data.name, images=len(data), fingerprint=data.fingerprint()),
@@ -444,7 +460,8 @@ def train(
 def _run(trainer: Trainer, folder: RunFolder, every: dict[str, int], stopped: list, progress: bool) -> None:
     "All steps that are left, or those until a signal."
     s = trainer.settings
-    with tqdm(total=-(-s.images // s.batch) * s.batch, initial=trainer.seen, unit=" images", disable=not (progress and folder.main)) as bar:
+    total = math.ceil(s.images / s.batch) * s.batch    # the last step is a whole one
+    with tqdm(total=total, initial=trainer.seen, unit=" images", disable=not (progress and folder.main)) as bar:
         while trainer.seen < s.images and not trainer.anyone(bool(stopped)):
             loss = _advance(trainer, folder, every)
             if loss is not None: bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -7,7 +7,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/unet.html.md"""
 # %% auto #0
 __all__ = ['noise_embedding', 'conv', 'norm', 'ResBlock', 'Attention', 'Stage', 'UNet']
 
-# %% ../nbs/10_unet.ipynb #d616703e
+# %% ../nbs/10_unet.ipynb #6f67d4ac
 import math
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/10_unet.ipynb #797d446a
+# %% ../nbs/10_unet.ipynb #344f8a4a
 def noise_embedding(
     c_noise: Tensor,    # noise condition, (B,), for EDM ln(sigma) / 4
     dim: int,           # features, even
@@ -28,7 +28,7 @@ def noise_embedding(
     angles = c_noise[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-# %% ../nbs/10_unet.ipynb #dd3875cb
+# %% ../nbs/10_unet.ipynb #36c0a9b2
 def conv(c_in: int, c_out: int, size: int = 3, zero: bool = False) -> nn.Conv2d:
     "Convolution that keeps the image size (`size` is odd); with `zero` it starts by giving zeros."
     layer = nn.Conv2d(c_in, c_out, size, padding=size // 2)
@@ -42,7 +42,7 @@ def norm(channels: int) -> nn.GroupNorm:
     groups = max((g for g in range(1, 33) if channels % g == 0 and channels >= 4 * g), default=1)
     return nn.GroupNorm(groups, channels)
 
-# %% ../nbs/10_unet.ipynb #11be58e2
+# %% ../nbs/10_unet.ipynb #1bc22eda
 class ResBlock(nn.Module):
     "Two convolutions around a shift and scale set by the condition, added to the input (Dhariwal & Nichol 2021, AdaGN)."
     def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float = 0.):
@@ -58,14 +58,15 @@ class ResBlock(nn.Module):
         h = F.silu(torch.addcmul(shift, h, scale + 1))
         return self.skip(x) + self.conv2(self.dropout(h))
 
-# %% ../nbs/10_unet.ipynb #b93d1a7e
+# %% ../nbs/10_unet.ipynb #b99b7c21
 class Attention(nn.Module):
     "Self-attention between all positions of an image, added to the input (Vaswani et al. 2017, eq. 1)."
     def __init__(self, channels: int, head_dim: int = 32):
         super().__init__()
         if channels % head_dim: raise ValueError(f"attention needs channels in multiples of {head_dim}, got {channels}")
         self.heads = channels // head_dim
-        self.norm, self.qkv, self.out = norm(channels), conv(channels, 3 * channels, 1), conv(channels, channels, 1, zero=True)
+        self.norm, self.qkv = norm(channels), conv(channels, 3 * channels, 1)
+        self.out = conv(channels, channels, 1, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
-# %% ../nbs/10_unet.ipynb #94016def
+# %% ../nbs/10_unet.ipynb #383828d1
 class Stage(nn.Module):
     "A residual block, then attention if the level has it."
     def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float, attention: bool):
@@ -83,7 +84,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor: return self.attention(self.block(x, emb))
 
-# %% ../nbs/10_unet.ipynb #4d159ec7
+# %% ../nbs/10_unet.ipynb #fe48f5d3
 def _plan(widths: Sequence[int], stem: int, blocks: int) -> tuple[list, list]:
     "Channels in and out of the stages of each level: on the way down, and on the way up with the kept ones added."
     c, kept, down, up = stem, [stem], [], []
@@ -99,28 +100,34 @@ def _plan(widths: Sequence[int], stem: int, blocks: int) -> tuple[list, list]:
             c = width
     return down, up
 
-# %% ../nbs/10_unet.ipynb #17654c47
+# %% ../nbs/10_unet.ipynb #c80b01b3
 def _check_settings(in_channels, channels, mults, blocks, attention, num_labels, dropout) -> None:
     "Refuse what can't be built, naming it."
-    counts = dict(in_channels=in_channels, channels=channels, blocks=blocks) | {f"mults[{i}]": m for i, m in enumerate(mults)}
+    counts = dict(in_channels=in_channels, channels=channels, blocks=blocks)
+    counts |= {f"mults[{i}]": mult for i, mult in enumerate(mults)}
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1: raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if not mults: raise ValueError("mults must hold one number per level, got none")
     if channels % 2: raise ValueError(f"channels must be even, for cosines and sines of the noise level, got {channels}")
     for level in attention:
-        if level not in range(len(mults)): raise ValueError(f"attention must name levels from 0 to {len(mults) - 1}, got {level!r}")
+        if level not in range(len(mults)):
+            raise ValueError(f"attention must name levels from 0 to {len(mults) - 1}, got {level!r}")
     for level in sorted({*attention, len(mults) - 1}):    # the middle always attends
         if (width := channels * mults[level]) % 32:
-            raise ValueError(f"attention at level {level} needs channels in multiples of 32, got {channels} * {mults[level]} = {width}")
-    if not isinstance(num_labels, int) or num_labels < 0: raise ValueError(f"num_labels must be an integer from 0, got {num_labels!r}")
+            raise ValueError(f"attention at level {level} needs channels in multiples of 32, "
+                             f"got {channels} * {mults[level]} = {width}")
+    if not isinstance(num_labels, int) or num_labels < 0:
+        raise ValueError(f"num_labels must be an integer from 0, got {num_labels!r}")
     if not 0 <= dropout < 1: raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
 
-# %% ../nbs/10_unet.ipynb #0f19ce73
+# %% ../nbs/10_unet.ipynb #e660c1e9
 def _check_images(x: Tensor, channels: int, levels: int) -> None:
     factor = 2**(levels - 1)
-    if x.ndim != 4 or x.shape[1] != channels: raise ValueError(f"x must be (B, {channels}, H, W), got shape {tuple(x.shape)}")
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must be (B, {channels}, H, W), got shape {tuple(x.shape)}")
     if x.shape[2] % factor or x.shape[3] % factor:
-        raise ValueError(f"height and width must be multiples of {factor} for {levels} levels, got {x.shape[2]} x {x.shape[3]}")
+        raise ValueError(f"height and width must be multiples of {factor} for {levels} levels, "
+                         f"got {x.shape[2]} x {x.shape[3]}")
 
 def _check_labels(labels: Tensor, num_labels: int) -> None:
     if not num_labels: raise ValueError("labels given to a network built with num_labels=0")
@@ -129,7 +136,7 @@ def _check_labels(labels: Tensor, num_labels: int) -> None:
     if labels.device.type == "cpu" and ((labels < -1) | (labels >= num_labels)).any():
         raise ValueError(f"labels must be -1 (none) to {num_labels - 1}, got {labels.min()} to {labels.max()}")
 
-# %% ../nbs/10_unet.ipynb #6e091e24
+# %% ../nbs/10_unet.ipynb #d52bbb50
 class UNet(nn.Module):
     "U-Net F(x, c_noise, labels) of the DDPM family (Ho et al. 2020) for images of any channel count and divisible size."
     def __init__(
@@ -156,7 +163,8 @@ class UNet(nn.Module):
         self.embed_label = nn.Embedding(num_labels, emb_dim) if num_labels else None
         self.stem = conv(in_channels, channels)
         self.down = levels(down)
-        self.middle = nn.ModuleList([Stage(widths[-1], widths[-1], emb_dim, dropout, attention) for attention in (True, False)])
+        c = widths[-1]
+        self.middle = nn.ModuleList([Stage(c, c, emb_dim, dropout, True), Stage(c, c, emb_dim, dropout, False)])
         self.up = levels(up)
         self.head = nn.Sequential(norm(widths[0]), nn.SiLU(), conv(widths[0], in_channels, zero=True))
 

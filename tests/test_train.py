@@ -42,7 +42,11 @@ def some_data(channels=1, labels=2):
     images = torch.randint(256, (50, channels, 4, 4), generator=g, dtype=torch.uint8)
     return ImageData(images, torch.arange(50) % labels if labels else None)
 
-SMALL = dict(images=160, batch=16, lr=1e-3, warmup=30, ema_halflife=40, log_every=60, save_every=50, sample_every=110, progress=False)
+SMALL = dict(images=160, batch=16, lr=1e-3, warmup=30, ema_halflife=40,
+             log_every=60, save_every=50, sample_every=110, progress=False)
+
+def run_in(out, net=None, data=None, **changes):
+    return train(net or tiny(), data or some_data(), out, **SMALL | changes)
 """
 exec(SETUP)
 
@@ -51,7 +55,7 @@ exec(SETUP)
 def unbroken(tmp_path_factory):
     "A run that nothing disturbed."
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    train(tiny(), some_data(), out, **SMALL)
+    run_in(out)
     return out
 
 
@@ -92,20 +96,20 @@ def test_equal_seeds_equal_bits_and_nothing_else_matters(unbroken, tmp_path):
     net = tiny()
     torch.rand(123)
     before = torch.get_rng_state()
-    train(net, some_data(), tmp_path / "again", **SMALL)
+    run_in(tmp_path / "again", net=net)
     assert torch.equal(torch.get_rng_state(), before)    # and is left as it was
     assert_same_run(tmp_path / "again", unbroken)
 
 
 def test_other_seed_other_weights(unbroken, tmp_path):
-    other = train(tiny(), some_data(), tmp_path / "other", **SMALL | dict(seed=1))
+    other = run_in(tmp_path / "other", seed=1)
     same = [torch.equal(a, b) for a, b in zip(other.parameters(), load(unbroken).parameters())]
     assert not any(same)
 
 
 def test_returned_denoiser_is_the_saved_average(unbroken, tmp_path):
     net = tiny()
-    returned, x = train(net, some_data(), tmp_path / "run", **SMALL), torch.randn(3, 1, 4, 4)
+    returned, x = run_in(tmp_path / "run", net=net), torch.randn(3, 1, 4, 4)
     state = load_file(tmp_path / "run/state/latest.safetensors")
     for name, value in load(tmp_path / "run/model.safetensors").state_dict().items():
         assert torch.equal(value, returned.state_dict()[name]) and torch.equal(value, state[f"ema/{name}"])
@@ -117,7 +121,7 @@ def test_returned_denoiser_is_the_saved_average(unbroken, tmp_path):
 def test_it_learns(tmp_path):
     # one image only: the best denoiser is that image, so the loss must fall far below a fresh network's
     one = ImageData(some_data().images[:1])
-    train(tiny(labels=0), one, tmp_path / "run", **SMALL | dict(images=3200, log_every=400, lr=3e-3, save_every=10**6, sample_every=10**6))
+    run_in(tmp_path / "run", net=tiny(labels=0), data=one, images=3200, log_every=400, lr=3e-3, save_every=10**6, sample_every=10**6)
     log = read_log(tmp_path / "run")
     assert log[-1]["loss"] < log[0]["loss"] / 3
 
@@ -157,7 +161,7 @@ def child(prepare, **changes):
     pid = os.fork()
     if pid: return pid
     prepare()
-    train(tiny(), some_data(), sys.argv[1], **SMALL | changes, resume=True)
+    run_in(sys.argv[1], **changes, resume=True)
     os._exit(0)
 
 def done(pid):
@@ -240,16 +244,16 @@ def test_interrupted_and_resumed(unbroken, tmp_path, monkeypatch, at, number):
     with monkeypatch.context() as m:
         press_ctrl_c(m, at, number=number)
         with pytest.raises(KeyboardInterrupt, match=f"stopped after {at} of 160 images"):
-            train(tiny(), some_data(), tmp_path / "run", **SMALL)
+            run_in(tmp_path / "run")
     # other first weights, another place of the global generator: the state replaces them
-    train(tiny(seed=5), some_data(), tmp_path / "run", **SMALL, resume=True)
+    run_in(tmp_path / "run", net=tiny(seed=5), resume=True)
     assert_same_run(tmp_path / "run", unbroken)
 
 
 def test_second_signal_stops_at_once(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     press_ctrl_c(monkeypatch, 16, 16)
-    with pytest.raises(KeyboardInterrupt) as e: train(tiny(), some_data(), tmp_path / "run", **SMALL)
+    with pytest.raises(KeyboardInterrupt) as e: run_in(tmp_path / "run")
     assert str(e.value) == ""    # Python's own, out of the middle of the step
     assert signal.getsignal(signal.SIGINT) is before
     assert int(load_file(tmp_path / "run/state/latest.safetensors")["seen"]) == 0    # nothing was saved on the way
@@ -257,7 +261,7 @@ def test_second_signal_stops_at_once(tmp_path, monkeypatch):
 
 def test_signal_in_the_last_step_changes_nothing(unbroken, tmp_path, monkeypatch):
     press_ctrl_c(monkeypatch, 160)
-    train(tiny(), some_data(), tmp_path / "run", **SMALL)
+    run_in(tmp_path / "run")
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -269,10 +273,10 @@ def test_train_in_a_thread(unbroken, tmp_path):
 
 
 def test_resuming_a_finished_run_trains_nothing(unbroken, tmp_path, monkeypatch):
-    train(tiny(), some_data(), tmp_path / "run", **SMALL)
+    run_in(tmp_path / "run")
     monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("a step"))
     save_denoiser(tiny(), tmp_path / "run/model.safetensors")    # a kill came between the last state and its model
-    train(tiny(), some_data(), tmp_path / "run", **SMALL, resume=True)
+    run_in(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -280,12 +284,13 @@ def test_resume_sweeps_and_forgets(unbroken, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as m:
         press_ctrl_c(m, 80)
-        with pytest.raises(KeyboardInterrupt): train(tiny(), some_data(), out, **SMALL)
+        with pytest.raises(KeyboardInterrupt): run_in(out)
     (out / "samples").mkdir()
     (out / "samples/.000000112.png.tmp.png").write_bytes(b"half a pic")
     (out / ".model.safetensors.tmp.safetensors").write_bytes(b"half")
+    (out / "state/.other.tmp").write_bytes(b"of a name that is not written again")
     with open(out / "metrics.jsonl", "a") as f: f.write('{"images": 128, "loss": 7.0, "lr": 1.0, "images_per_second": 1}\n{"images": 1')
-    train(tiny(), some_data(), out, **SMALL, resume=True)
+    run_in(out, resume=True)
     assert_same_run(out, unbroken)
 
 
@@ -302,11 +307,11 @@ def test_full_disk(unbroken, tmp_path, monkeypatch, name):
     good = {}
     with monkeypatch.context() as m:
         m.setattr(Path, "write_bytes", fills_up)
-        with pytest.raises(OSError, match=f"No space left on device: '.*run.*{name}'") as e: train(tiny(), some_data(), out, **SMALL)
+        with pytest.raises(OSError, match=f"No space left on device: '.*run.*{name}'") as e: run_in(out)
         assert e.value.errno == errno.ENOSPC
     assert {k: v for k, v in good.items() if "tmp" not in k} == contents(out) and len(good) == len(contents(out)) + 1
     load(out)
-    train(tiny(), some_data(), out, **SMALL, resume=True)    # once there is room again
+    run_in(out, resume=True)    # once there is room again
     assert_same_run(out, unbroken)
 
 
@@ -317,7 +322,7 @@ def test_file_size_limit(tmp_path):
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-train(tiny(), some_data(), sys.argv[1], **SMALL)""", tmp_path / "run")
+run_in(sys.argv[1])""", tmp_path / "run")
     assert done.returncode == 1
     file = tmp_path / "run/state/latest.safetensors"
     assert done.stderr.strip().splitlines()[-1] == f"OSError: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{file}'"
@@ -328,7 +333,7 @@ train(tiny(), some_data(), sys.argv[1], **SMALL)""", tmp_path / "run")
 
 def test_rate_too_high(tmp_path):
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step 2 \(32 images\).*lr=1e\+30.*keeps the last good model"):
-        train(tiny(), some_data(), tmp_path / "run", **SMALL | dict(lr=1e30))
+        run_in(tmp_path / "run", lr=1e30)
     assert all(p.isfinite().all() for p in load(tmp_path / "run").parameters())
     assert read_log(tmp_path / "run") == []
 
@@ -345,7 +350,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch, what):
             bad.data[0] = math.inf
     monkeypatch.setattr(Trainer, "step", poisoned)
     with pytest.raises(FloatingPointError, match=r"(model|ema|opt)/.* not finite after step 7 \(112 images\)"):
-        train(tiny(), some_data(), tmp_path / "run", **SMALL)
+        run_in(tmp_path / "run")
     state = load_file(tmp_path / "run/state/latest.safetensors")
     assert int(state["seen"]) == 64 and all(v.isfinite().all() for v in state.values())
     load(tmp_path / "run")
@@ -358,7 +363,7 @@ def test_nan_is_not_saved_on_ctrl_c(tmp_path, monkeypatch):
         if self.seen == 32: self.losses[0] = self.losses[0] * math.nan
         if self.seen == 48: signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"nan at step 1 \(16 images\)"): train(tiny(), some_data(), tmp_path / "run", **SMALL)
+    with pytest.raises(FloatingPointError, match=r"nan at step 1 \(16 images\)"): run_in(tmp_path / "run")
 
 
 # --- damaged and foreign files
@@ -452,13 +457,13 @@ def test_damaged_state(unbroken, tmp_path, damage):
         (tmp_path / f).write_bytes((unbroken / f).read_bytes())
     file = tmp_path / "state/latest.safetensors"
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    with pytest.raises(ValueError, match="latest.safetensors is damaged"): train(tiny(), some_data(), tmp_path, **SMALL, resume=True)
+    with pytest.raises(ValueError, match="latest.safetensors is damaged"): run_in(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "\0\0"])
 def test_damaged_config(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json is damaged"): train(tiny(), some_data(), tmp_path, **SMALL, resume=True)
+    with pytest.raises(ValueError, match="config.json is damaged"): run_in(tmp_path, resume=True)
 
 
 def test_damaged_log(tmp_path):
@@ -483,23 +488,23 @@ def test_log_in_the_middle_of_a_write(unbroken, tmp_path):
 ])
 def test_another_run_is_there(unbroken, changes, says):
     before = contents(unbroken)
-    with pytest.raises(ValueError, match=says): train(tiny(), some_data(), unbroken, **SMALL | changes, resume=True)
+    with pytest.raises(ValueError, match=says): run_in(unbroken, **changes, resume=True)
     assert contents(unbroken) == before
 
 
 def test_another_network_or_data_is_there(unbroken):
-    with pytest.raises(ValueError, match="net.num_labels is 2 there and 0 here"): train(tiny(labels=0), some_data(), unbroken, **SMALL)
+    with pytest.raises(ValueError, match="net.num_labels is 2 there and 0 here"): run_in(unbroken, net=tiny(labels=0))
     data = some_data()
     data.images[3, 0, 0, 0] += 1
-    with pytest.raises(ValueError, match=r"data.fingerprint is \w{16} there"): train(tiny(), data, unbroken, **SMALL, resume=True)
+    with pytest.raises(ValueError, match=r"data.fingerprint is \w{16} there"): run_in(unbroken, data=data, resume=True)
 
 
 def test_not_by_accident(unbroken, tmp_path):
-    with pytest.raises(ValueError, match="already holds this run; go on with resume=True"): train(tiny(), some_data(), unbroken, **SMALL)
+    with pytest.raises(ValueError, match="already holds this run; go on with resume=True"): run_in(unbroken)
     (tmp_path / "notes.txt").write_text("mine")
     for out in (tmp_path, tmp_path / "notes.txt"):
         for resume in (False, True):
-            with pytest.raises(ValueError, match="exists and holds no run"): train(tiny(), some_data(), out, **SMALL, resume=resume)
+            with pytest.raises(ValueError, match="exists and holds no run"): run_in(out, resume=resume)
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -513,14 +518,14 @@ BAD = [dict(batch=64.5), dict(batch="16"), dict(images=0), dict(images=-5), dict
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_bad_settings_are_named(tmp_path, bad):
-    with pytest.raises(ValueError, match=f"^{next(iter(bad))} must be .*got"): train(tiny(), some_data(), tmp_path / "run", **SMALL | bad)
+    with pytest.raises(ValueError, match=f"^{next(iter(bad))} must be .*got"): run_in(tmp_path / "run", **bad)
     assert not (tmp_path / "run").exists()
 
 
 def test_whole_floats_and_zeros_are_fine(tmp_path):
     s = Settings(1e5, 64., 1, 0, 0, 10, 1, LogNormal(), 2**70, "bf16")
     assert (s.images, s.batch) == (100_000, 64) and json.dumps(s.images) == "100000"
-    train(tiny(), some_data(), tmp_path / "run", **SMALL | dict(images=32., lr_end=0, warmup=0, seed=2**70, precision="bf16"))
+    run_in(tmp_path / "run", images=32., lr_end=0, warmup=0, seed=2**70, precision="bf16")
 
 
 @pytest.mark.parametrize("net, data, says", [
@@ -530,26 +535,26 @@ def test_whole_floats_and_zeros_are_fine(tmp_path):
     (dict(channels=3), dict(), r"x must be \(B, 3, H, W\)"),
 ])
 def test_network_and_data_must_fit(tmp_path, net, data, says):
-    with pytest.raises(ValueError, match=says): train(tiny(**net), some_data(**data), tmp_path / "run", **SMALL)
+    with pytest.raises(ValueError, match=says): run_in(tmp_path / "run", net=tiny(**net), data=some_data(**data))
     assert not (tmp_path / "run").exists()
 
 
 def test_only_what_load_can_build(tmp_path):
     class Other(EDMPrecond): pass
-    with pytest.raises(ValueError, match="an EDMPrecond around a UNet.*got Other"): train(Other(tiny().net), some_data(), tmp_path / "run", **SMALL)
-    with pytest.raises(ValueError, match="got UNet"): train(tiny().net, some_data(), tmp_path / "run", **SMALL)
+    with pytest.raises(ValueError, match="an EDMPrecond around a UNet.*got Other"): run_in(tmp_path / "run", net=Other(tiny().net))
+    with pytest.raises(ValueError, match="got UNet"): run_in(tmp_path / "run", net=tiny().net)
 
 
 def test_odd_sizes(tmp_path):
     "No labels used, two channels, a batch larger than the data, images no multiple of the batch, a picture before the first log."
     out = tmp_path / "deep" / "run"
-    train(tiny(labels=0, channels=2), some_data(channels=2), out, **SMALL | dict(batch=60, images=100, log_every=1000, sample_every=50))
+    run_in(out, net=tiny(labels=0, channels=2), data=some_data(channels=2), batch=60, images=100, log_every=1000, sample_every=50)
     assert [m["images"] for m in read_log(out)] == [120]
     assert sorted(f.name for f in (out / "samples").iterdir()) == ["000000060.png", "000000120.png"]
 
 
 def test_train_goes_on_from_a_loaded_model(unbroken, tmp_path):
-    train(load(unbroken), some_data(), tmp_path / "more", **SMALL)
+    run_in(tmp_path / "more", net=load(unbroken))
     assert not torch.equal(next(load(tmp_path / "more").parameters()), next(load(unbroken).parameters()))
 
 
