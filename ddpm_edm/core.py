@@ -7,25 +7,21 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/core.html.md"""
 # %% auto #0
 __all__ = ['COLORS', 'image_grid', 'show_images', 'expand', 'Denoiser', 'score_of', 'eps_of', 'CountNFE', 'seeded_noise']
 
-# %% ../nbs/00_core.ipynb #e6746c1c
+# %% ../nbs/00_core.ipynb #22a2fc73
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:    # for annotations only: drawing libraries are imported when something is drawn
-    import matplotlib.axes
-    import PIL.Image
-
-# %% ../nbs/00_core.ipynb #9f14aba8
+# %% ../nbs/00_core.ipynb #8b5b627e
 def image_grid(
     x: Tensor,                # images, (B, C, H, W) in [-1, 1], C = 1, 3 or 4
     ncols: int | None = None, # images per row; default: as square as possible
     scale: int = 4,           # each pixel becomes a scale x scale block
     gap: int = 1,             # background pixels between tiles, before scaling
-) -> "PIL.Image.Image":       # values outside [-1, 1] are clipped
+) -> Any:                    # a PIL image; values outside [-1, 1] are clipped
     "Tile images into one picture, with gaps between tiles and nearest-neighbour scaling."
     from PIL import Image
     if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or 0 in x.shape:
@@ -42,15 +38,15 @@ def image_grid(
     image = Image.fromarray(grid.squeeze(-1).numpy())
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
-# %% ../nbs/00_core.ipynb #8babda23
+# %% ../nbs/00_core.ipynb #843e1f53
 def show_images(
     x: Tensor,                              # images, (B, C, H, W) in [-1, 1]
     ncols: int | None = None,               # images per row; default: as square as possible
     title: str | None = None,               # what the picture shows
     rows: Sequence[str] | None = None,      # a label for each row
     cols: Sequence[str] | None = None,      # a label for each column
-    ax: "matplotlib.axes.Axes | None" = None, # where to draw; default: a new figure fitted to the grid
-) -> "matplotlib.axes.Axes":
+    ax: Any = None,                         # matplotlib axes to draw on; default: a new figure fitted to the grid
+) -> Any:                                   # the axes
     "Draw a batch of images as one grid, pixels as sharp squares."
     import matplotlib.pyplot as plt
     (H, W), gap = x.shape[-2:], 1
@@ -72,20 +68,21 @@ def show_images(
 COLORS = {"data": "#000000", "exact": "#999999", "euler": "#E69F00", "heun": "#0072B2",
           "ddpm": "#D55E00", "ddim": "#F0E442", "dpmpp": "#009E73", "langevin": "#CC79A7", "edm": "#56B4E9"}
 
-# %% ../nbs/00_core.ipynb #80083a69
+# %% ../nbs/00_core.ipynb #94e6e524
 def expand(
     sigma: float | Tensor,   # one value, or one per sample: float, 0-d or (B,)
     x: Tensor,               # sample to broadcast against, (B, *), floating point
 ) -> Tensor:                 # in x's dtype and device; (1, ..., 1) or (B, 1, ..., 1)
     "Reshape noise levels so that they broadcast over samples."
     if not x.is_floating_point(): raise ValueError(f"x must be floating point, got {x.dtype}")
-    if not isinstance(sigma, Tensor): return x.new_full((1,) * x.ndim, float(sigma))    # filled on the device: no copy to wait for
+    if not isinstance(sigma, Tensor):    # filled on the device: no copy from the host to wait for
+        return torch.full((1,) * x.ndim, float(sigma), dtype=x.dtype, device=x.device)
     s = sigma.to(x)
     if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(x))):
         raise ValueError(f"sigma must be a float, 0-d or ({len(x)},) for x of {tuple(x.shape)}, got {tuple(s.shape)}")
     return s.reshape(-1, *[1] * (x.ndim - 1))
 
-# %% ../nbs/00_core.ipynb #00c11902
+# %% ../nbs/00_core.ipynb #7286023d
 class Denoiser(Protocol):
     "Anything that estimates the clean `x0` from `x = x0 + sigma * n`, `n ~ N(0, I)`."
     def __call__(
@@ -95,7 +92,7 @@ class Denoiser(Protocol):
         **cond: Any,             # conditioning, such as `labels` (B,)
     ) -> Tensor: ...             # D, the estimate of x0, (B, *)
 
-# %% ../nbs/00_core.ipynb #b94efe6c
+# %% ../nbs/00_core.ipynb #70cf11e6
 def score_of(
     D: Tensor,               # denoiser's output at (x, sigma), (B, *)
     x: Tensor,               # noisy sample, (B, *)
@@ -104,7 +101,7 @@ def score_of(
     "Score from a denoiser (Tweedie's formula; Karras et al. 2022, eq. 3)."
     return (D - x) / expand(sigma, x)**2
 
-# %% ../nbs/00_core.ipynb #561d025a
+# %% ../nbs/00_core.ipynb #f3d3c9e3
 def eps_of(
     D: Tensor,               # denoiser's output at (x, sigma), (B, *)
     x: Tensor,               # noisy sample, (B, *)
@@ -113,7 +110,7 @@ def eps_of(
     "Noise estimate from a denoiser: the n for which x = D + sigma n."
     return (x - D) / expand(sigma, x)
 
-# %% ../nbs/00_core.ipynb #a5ff6094
+# %% ../nbs/00_core.ipynb #7a838f88
 class CountNFE:
     "Wrap a denoiser and count its evaluations (number of function evaluations) in `nfe`."
     def __init__(self, denoise: Denoiser): self.denoise, self.nfe = denoise, 0
@@ -121,7 +118,7 @@ class CountNFE:
         self.nfe += 1
         return self.denoise(x, sigma, **cond)
 
-# %% ../nbs/00_core.ipynb #7d6f5d64
+# %% ../nbs/00_core.ipynb #29b0d97c
 def seeded_noise(
     seeds: Iterable[int],                 # one seed per sample, each from 0 to 2**32 - 1
     shape: Sequence[int],                 # shape of one sample, such as (C, H, W)

@@ -13,7 +13,7 @@ import copy
 import torch
 from torch import nn
 
-# %% ../nbs/14_ema.ipynb #21fed17b
+# %% ../nbs/14_ema.ipynb #8eccb5f2
 def ema_beta(
     batch: int,                  # images in this step
     seen: int,                   # images seen up to and including this step
@@ -31,14 +31,14 @@ def _check_length(halflife, rampup) -> None:
     if not halflife >= 0: raise ValueError(f"halflife must be 0 or more images, got {halflife}")
     if rampup is not None and not rampup >= 0: raise ValueError(f"rampup must be 0 or more, or None, got {rampup}")
 
-# %% ../nbs/14_ema.ipynb #c1273784
+# %% ../nbs/14_ema.ipynb #f374d43d
 def _parts(model: nn.Module) -> tuple[list, list]:
     "The tensors of a network that are averaged, and those that are copied."
     parameters = [p.detach() for p in model.parameters()]
     averaged = [p for p in parameters if p.is_floating_point() or p.is_complex()]
     return averaged, [p for p in parameters if not (p.is_floating_point() or p.is_complex())] + list(model.buffers())
 
-# %% ../nbs/14_ema.ipynb #c2557953
+# %% ../nbs/14_ema.ipynb #1d9e150e
 class EMA:
     "Exponential moving average of a network's weights, with a half-life in images seen."
     def __init__(

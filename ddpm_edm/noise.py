@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../nbs/04_noise.ipynb #551e24ce
+# %% ../nbs/04_noise.ipynb #cb14df66
 def karras_sigmas(
     n: int,                      # number of steps
     sigma_min: float = 0.002,    # last noise level above zero, in data units
@@ -30,7 +30,7 @@ def karras_sigmas(
     top, bottom = sigma_max**(1 / rho), sigma_min**(1 / rho)
     return torch.cat([(top + ramp * (bottom - top))**rho, torch.zeros(1, dtype=torch.float64)])
 
-# %% ../nbs/04_noise.ipynb #aff297a9
+# %% ../nbs/04_noise.ipynb #b3767570
 @dataclass(frozen=True)
 class LogNormal:
     "Training noise levels of EDM: ln sigma ~ N(P_mean, P_std^2) (Karras et al. 2022, Table 1)."

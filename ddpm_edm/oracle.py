@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .core import expand
 
-# %% ../nbs/01_oracle.ipynb #c563beee
+# %% ../nbs/01_oracle.ipynb #9e7a3029
 def _floating(values) -> Tensor:
     "Values as a floating-point tensor; integers take torch's default type."
     t = torch.as_tensor(values)
@@ -41,7 +41,7 @@ def _variances(x: Tensor, sigma: float | Tensor, std: Tensor, event: tuple[int, 
         raise ValueError("sigma must be positive for data with a std of 0: without noise the density is a spike")
     return data_var, noise_var
 
-# %% ../nbs/01_oracle.ipynb #b82ec899
+# %% ../nbs/01_oracle.ipynb #ae464bda
 class Gaussian:
     "Data `x0 ~ N(mean, std^2)`, coordinate by coordinate; calling it is its exact denoiser."
     def __init__(
@@ -73,13 +73,13 @@ class Gaussian:
         var = sum(_variances(x, sigma, self.std, self.mean.shape))
         return (self.mean.to(x) - x) / var
 
-# %% ../nbs/01_oracle.ipynb #33c39d86
+# %% ../nbs/01_oracle.ipynb #794c84d0
 def _log_joint(x: Tensor, means: Tensor, weights: Tensor, var: Tensor) -> Tensor:
     "log(w_k N(x; mu_k, v_k I)), (B, K), for x (B, d), means (K, d), weights (K,) and var (B or 1, K)."
     sq_dist = (x[:, None] - means).square().sum(2)
     return weights.log() - 0.5 * (sq_dist / var + x.shape[1] * (2 * math.pi * var).log())
 
-# %% ../nbs/01_oracle.ipynb #e167b5ee
+# %% ../nbs/01_oracle.ipynb #263e9621
 class Mixture:
     "Data from `sum_k weights[k] N(means[k], stds[k]^2 I)`; calling it is its exact denoiser."
     def __init__(

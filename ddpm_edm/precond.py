@@ -27,7 +27,7 @@ def _check_sigma(sigma: float | Tensor) -> None:
     else: good = 0 < sigma < math.inf
     if not good: raise ValueError(f"sigma must be positive and finite, got {sigma}")
 
-# %% ../nbs/07_precond.ipynb #daaf94ca
+# %% ../nbs/07_precond.ipynb #130be796
 class EDMPrecond(nn.Module):
     "Turn a network into a denoiser: D = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7)."
     def __init__(
@@ -55,7 +55,7 @@ class EDMPrecond(nn.Module):
         if F.shape != x.shape: raise ValueError(f"net must return x's shape {tuple(x.shape)}, got {tuple(F.shape)}")
         return c_skip * x + c_out * F.to(x.dtype)
 
-# %% ../nbs/07_precond.ipynb #2169c967
+# %% ../nbs/07_precond.ipynb #444cdb04
 @dataclass(frozen=True)
 class EDMLoss:
     "Denoising error weighted by lambda(sigma), so that a fresh network's is 1 at every noise level (Karras et al. 2022, eq. 8)."

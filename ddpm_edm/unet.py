@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/10_unet.ipynb #344f8a4a
+# %% ../nbs/10_unet.ipynb #3440ee27
 def noise_embedding(
     c_noise: Tensor,    # noise condition, (B,), for EDM ln(sigma) / 4
     dim: int,           # features, even
@@ -28,7 +28,7 @@ def noise_embedding(
     angles = c_noise[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-# %% ../nbs/10_unet.ipynb #36c0a9b2
+# %% ../nbs/10_unet.ipynb #1a016a89
 def conv(c_in: int, c_out: int, size: int = 3, zero: bool = False) -> nn.Conv2d:
     "Convolution that keeps the image size (`size` is odd); with `zero` it starts by giving zeros."
     layer = nn.Conv2d(c_in, c_out, size, padding=size // 2)
@@ -42,7 +42,7 @@ def norm(channels: int) -> nn.GroupNorm:
     groups = max((g for g in range(1, 33) if channels % g == 0 and channels >= 4 * g), default=1)
     return nn.GroupNorm(groups, channels)
 
-# %% ../nbs/10_unet.ipynb #1bc22eda
+# %% ../nbs/10_unet.ipynb #a3f21d4f
 class ResBlock(nn.Module):
     "Two convolutions around a shift and scale set by the condition, added to the input (Dhariwal & Nichol 2021, AdaGN)."
     def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float = 0.):
@@ -58,7 +58,7 @@ class ResBlock(nn.Module):
         h = F.silu(torch.addcmul(shift, h, scale + 1))
         return self.skip(x) + self.conv2(self.dropout(h))
 
-# %% ../nbs/10_unet.ipynb #b99b7c21
+# %% ../nbs/10_unet.ipynb #14bd7834
 class Attention(nn.Module):
     "Self-attention between all positions of an image, added to the input (Vaswani et al. 2017, eq. 1)."
     def __init__(self, channels: int, head_dim: int = 32):
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
-# %% ../nbs/10_unet.ipynb #383828d1
+# %% ../nbs/10_unet.ipynb #cd589fe8
 class Stage(nn.Module):
     "A residual block, then attention if the level has it."
     def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float, attention: bool):
@@ -84,7 +84,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor: return self.attention(self.block(x, emb))
 
-# %% ../nbs/10_unet.ipynb #fe48f5d3
+# %% ../nbs/10_unet.ipynb #fd214832
 def _plan(widths: Sequence[int], stem: int, blocks: int) -> tuple[list, list]:
     "Channels in and out of the stages of each level: on the way down, and on the way up with the kept ones added."
     c, kept, down, up = stem, [stem], [], []
@@ -100,8 +100,8 @@ def _plan(widths: Sequence[int], stem: int, blocks: int) -> tuple[list, list]:
             c = width
     return down, up
 
-# %% ../nbs/10_unet.ipynb #c80b01b3
-def _check_settings(in_channels, channels, mults, blocks, attention, num_labels, dropout) -> None:
+# %% ../nbs/10_unet.ipynb #d33e8517
+def _check_settings(in_channels, channels, mults, blocks, attention, num_labels, dropout, noise_scale) -> None:
     "Refuse what can't be built, naming it."
     counts = dict(in_channels=in_channels, channels=channels, blocks=blocks)
     counts |= {f"mults[{i}]": mult for i, mult in enumerate(mults)}
@@ -119,8 +119,9 @@ def _check_settings(in_channels, channels, mults, blocks, attention, num_labels,
     if not isinstance(num_labels, int) or num_labels < 0:
         raise ValueError(f"num_labels must be an integer from 0, got {num_labels!r}")
     if not 0 <= dropout < 1: raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
+    if not 0 < noise_scale < math.inf: raise ValueError(f"noise_scale must be positive, got {noise_scale}")
 
-# %% ../nbs/10_unet.ipynb #e660c1e9
+# %% ../nbs/10_unet.ipynb #2126605d
 def _check_images(x: Tensor, channels: int, levels: int) -> None:
     factor = 2**(levels - 1)
     if x.ndim != 4 or x.shape[1] != channels:
@@ -136,7 +137,7 @@ def _check_labels(labels: Tensor, num_labels: int) -> None:
     if labels.device.type == "cpu" and ((labels < -1) | (labels >= num_labels)).any():
         raise ValueError(f"labels must be -1 (none) to {num_labels - 1}, got {labels.min()} to {labels.max()}")
 
-# %% ../nbs/10_unet.ipynb #d52bbb50
+# %% ../nbs/10_unet.ipynb #940afa1e
 class UNet(nn.Module):
     "U-Net F(x, c_noise, labels) of the DDPM family (Ho et al. 2020) for images of any channel count and divisible size."
     def __init__(
@@ -148,12 +149,14 @@ class UNet(nn.Module):
         attention: Sequence[int] = (1,),      # levels with self-attention, 0 being full resolution; the middle always has it
         num_labels: int = 0,                  # classes; 0 makes an unconditional network
         dropout: float = 0.,                  # probability of zeroing a feature inside a block
+        noise_scale: float = 16.,             # factor on c_noise before the sinusoids; 1 for DDPM's step numbers
     ):
         super().__init__()
         self.config = dict(in_channels=in_channels, channels=channels, mults=list(mults), blocks=blocks,
-                           attention=list(attention), num_labels=num_labels, dropout=dropout)
+                           attention=list(attention), num_labels=num_labels, dropout=dropout,
+                           noise_scale=noise_scale)
         _check_settings(**self.config)
-        self.in_channels, self.channels, self.num_labels = in_channels, channels, num_labels
+        self.in_channels, self.channels, self.num_labels, self.noise_scale = in_channels, channels, num_labels, noise_scale
         emb_dim, widths = 4 * channels, [channels * mult for mult in mults]
         down, up = _plan(widths, channels, blocks)
         def stage(c_in, c_out, level): return Stage(c_in, c_out, emb_dim, dropout, level in self.config["attention"])
@@ -170,7 +173,7 @@ class UNet(nn.Module):
 
     def condition(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         "What every block is told: noise level and, where labels are not -1, the class; (B, 4 * channels)."
-        emb = self.embed_noise(noise_embedding(c_noise, self.channels))
+        emb = self.embed_noise(noise_embedding(self.noise_scale * c_noise, self.channels))
         if labels is not None:
             _check_labels(labels, self.num_labels)
             known = (labels >= 0)[:, None]

@@ -143,7 +143,7 @@ def test_labels():
     mixed = net(x, c, torch.tensor([-1, 2]))
     torch.testing.assert_close(mixed[0], none[0], **ROUNDING)
     assert (mixed[1] - none[1]).abs().max() > 0.01
-    by_hand = net.embed_noise(noise_embedding(c, 32)) + net.embed_label.weight[[0, 2]]
+    by_hand = net.embed_noise(noise_embedding(16 * c, 32)) + net.embed_label.weight[[0, 2]]
     torch.testing.assert_close(net.condition(c, torch.tensor([0, 2])), nn.functional.silu(by_hand), **ROUNDING)
     assert torch.equal(UNet(1, 32, num_labels=3).eval()(x.float(), c.float(), torch.tensor([0, 1])), torch.zeros(2, 1, 4, 4))
 
@@ -229,6 +229,7 @@ def test_it_learns():
     (dict(channels=16, attention=(0,)), "attention at level 0 needs channels in multiples of 32, got 16"),
     (dict(num_labels=-1), "num_labels must be an integer from 0, got -1"),
     (dict(dropout=1.), "dropout must be from 0 to below 1, got 1"),
+    (dict(noise_scale=0.), "noise_scale must be positive, got 0"),
 ])
 def test_settings_refused(settings, wanted):
     with pytest.raises(ValueError, match=wanted): UNet(**dict(in_channels=1) | settings)
