@@ -36,7 +36,7 @@ def overhead(
 ) -> dict[str, list[float]]:
     "Ratios of paired times: the loop against the bare network, and against the denoiser (network in EDMPrecond)."
     torch.manual_seed(0)
-    net = UNet(1, num_labels=10).to(device).eval()
+    net = UNet(1, mults=(1, 1), num_labels=10).to(device).eval()
     denoise, nfe = EDMPrecond(net), 2 * steps - 1
     noise, sigmas = seeded_noise(range(batch), (1, size, size), device=device), karras_sigmas(steps)
     labels = torch.arange(batch, device=device) % 10
@@ -78,7 +78,7 @@ class Timed(torch.nn.Module):
 def overhead_within(batch: int = 64, size: int = 8, steps: int = 18, repeats: int = 7) -> list[float]:
     "Ratios of a run's time to the time inside the network in the same run, on the CPU."
     torch.manual_seed(0)
-    net = Timed(UNet(1, num_labels=10).eval())
+    net = Timed(UNet(1, mults=(1, 1), num_labels=10).eval())
     noise, labels, sigmas = seeded_noise(range(batch), (1, size, size)), torch.arange(batch) % 10, karras_sigmas(steps)
     def run():
         net.seconds = 0.
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.repeats < 5: parser.error("--repeats must be at least 5: single timings are noise")
-    print(f"UNet(1, num_labels=10), batch {args.batch}, {args.size} x {args.size}, {args.steps} Heun steps, "
+    print(f"UNet(1, mults=(1, 1), num_labels=10), batch {args.batch}, {args.size} x {args.size}, {args.steps} Heun steps, "
           f"{args.device}, {torch.get_num_threads()} threads")
     def report(name, ratios):
         low, middle, high = statistics.quantiles(ratios, n=4)

@@ -7,7 +7,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/cli.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'SOLVERS', 'run_command', 'default_mults', 'train_images', 'sample_images', 'train_main', 'sample_main']
 
-# %% ../nbs/23_cli.ipynb #09c9ca6c
+# %% ../nbs/23_cli.ipynb #2ccb6629
 import math
 import shlex
 import sys
@@ -29,7 +29,7 @@ from .solvers import euler, generate, heun
 from .train import load, replacing, train
 from .unet import UNet
 
-# %% ../nbs/23_cli.ipynb #a0a2974d
+# %% ../nbs/23_cli.ipynb #253e3f5a
 def _parser(function: Callable, name: str):
     "fastcore's parser of a function's settings, with - and _ alike, whole flag names, and one line for a mistake."
     parser = anno_parser(function, prog=name)
@@ -41,7 +41,7 @@ def _parser(function: Callable, name: str):
     parser.error = lambda message: parser.exit(2, f"{name}: error: {message}; try {name} --help\n")
     return parser
 
-# %% ../nbs/23_cli.ipynb #15cbc6c6
+# %% ../nbs/23_cli.ipynb #2f32583f
 def _mendable(e: Exception) -> str | None:
     "One line on an error that the person at the terminal can mend; None for a bug."
     text = " ".join(str(e).split()) or type(e).__name__
@@ -50,7 +50,7 @@ def _mendable(e: Exception) -> str | None:
     if isinstance(e, OSError) and e.strerror: return f"{e.strerror}: {e.filename2 or e.filename or 'a file'}"
     return text if isinstance(e, (ValueError, OSError, FloatingPointError)) else None
 
-# %% ../nbs/23_cli.ipynb #370542e5
+# %% ../nbs/23_cli.ipynb #7a267634
 def run_command(
     function: Callable,                     # whose keyword arguments, with their comments, become the flags
     name: str,                              # of the command
@@ -72,20 +72,20 @@ def run_command(
             say("error: ", _mendable(e))
             raise SystemExit(1) from None
 
-# %% ../nbs/23_cli.ipynb #86aaa9e6
+# %% ../nbs/23_cli.ipynb #1ede98c3
 def default_mults(
     height: int, width: int,    # image size in pixels
-) -> list[int]:                 # for UNet: 1 at full size, 2 below
+) -> list[int]:                 # for UNet: 1 at full and half size, 2 below
     "Levels of a U-Net that halves an image as long as it divides and stays at least 4 pixels."
     levels = 1
     while height % 2**levels == width % 2**levels == 0 and min(height, width) // 2**levels >= 4: levels += 1
-    return [1] + [2] * (levels - 1)
+    return [1, 1, *[2] * levels][:levels]
 
 def _attention(height: int, width: int) -> list[int]:
     "Levels with self-attention: below full size, and at most 16 x 16 positions."
     return [level for level in range(1, len(default_mults(height, width))) if height * width // 4**level <= 256]
 
-# %% ../nbs/23_cli.ipynb #f54d3ae4
+# %% ../nbs/23_cli.ipynb #5f58f345
 DEFAULT = {name: p.default for f in (UNet, train) for name, p in signature(f).parameters.items()}
 
 def train_images(
@@ -100,7 +100,7 @@ def train_images(
     dropout: float = DEFAULT["dropout"],                # dropout inside the network
     ema_halflife: float = DEFAULT["ema_halflife"],      # images after which a weight counts half in the average
     label_dropout: float = DEFAULT["label_dropout"],    # share of labels withheld, so that the model is unconditional too
-    p_mean: float = DEFAULT["noise"].P_mean,            # mean of ln sigma in training
+    p_mean: float = DEFAULT["noise"].P_mean,            # mean of ln sigma in training; EDM's for photographs is -1.2
     p_std: float = DEFAULT["noise"].P_std,              # standard deviation of ln sigma in training
     seed: int = DEFAULT["seed"],                        # of everything random
     precision: str = DEFAULT["precision"],              # fp32 or bf16
@@ -123,7 +123,7 @@ def train_images(
           noise=LogNormal(p_mean, p_std), seed=seed, precision=precision, resume=resume, progress=not quiet)
     print(f"wrote {out}: model.safetensors, metrics.jsonl, loss.png, samples\nnext: ddpm-edm-sample {shlex.quote(out)}")
 
-# %% ../nbs/23_cli.ipynb #41e579d3
+# %% ../nbs/23_cli.ipynb #d3d2a551
 def _parse_labels(text: str | None, classes: list[str]) -> list[int]:
     "Labels from a list of names or numbers such as 'cat,5', or all of them. A name goes before a number."
     if text is None: return list(range(len(classes)))
@@ -136,7 +136,7 @@ def _parse_labels(text: str | None, classes: list[str]) -> list[int]:
         raise ValueError(f"labels must be from 0 to {len(classes) - 1} or among {names}, got {unknown[0]!r} in {str(text)!r}")
     return [known[word] for word in words]
 
-# %% ../nbs/23_cli.ipynb #6fe8a2aa
+# %% ../nbs/23_cli.ipynb #c0eb7ce0
 SOLVERS = {"euler": euler, "heun": heun}
 
 @contextmanager
@@ -149,7 +149,7 @@ def _counted(denoise: Denoiser, total: int, show: bool) -> Iterator[Denoiser]:
             return D
         yield counted
 
-# %% ../nbs/23_cli.ipynb #2160374d
+# %% ../nbs/23_cli.ipynb #84e8e502
 def _usable(device: str | None) -> str:
     "The device asked for, or the best there is; refused in one line if it can't be used here."
     if device is None: device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -158,7 +158,7 @@ def _usable(device: str | None) -> str:
         raise ValueError(f"device {device!r} can't be used here: {str(e).splitlines()[0][:100]}") from e
     return device
 
-# %% ../nbs/23_cli.ipynb #92133833
+# %% ../nbs/23_cli.ipynb #f4742e98
 def _label_rows(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     "Images (n, C, H, W) in rows of counts[i] pictures, filled up with white: (rows * longest, C, H, W)."
     filled = torch.arange(int(counts.max())) < counts[:, None]
@@ -166,7 +166,7 @@ def _label_rows(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     tiles[filled] = x
     return tiles.flatten(0, 1)
 
-# %% ../nbs/23_cli.ipynb #dc25f57e
+# %% ../nbs/23_cli.ipynb #4e92a269
 def sample_images(
     run: str,                      # run folder, or a safetensors file
     n: int = None,                 # how many pictures; default: 8 for each label, 64 without labels
@@ -214,7 +214,7 @@ def _picture_shape(denoiser: EDMPrecond, run: str) -> list[int]:
     if "shape" in denoiser.config: return denoiser.config["shape"]
     raise ValueError(f"{run} does not say how large its pictures are; save_denoiser with config=dict(shape=[C, H, W]) writes it")
 
-# %% ../nbs/23_cli.ipynb #be4ebe47
+# %% ../nbs/23_cli.ipynb #ffcaf50e
 def train_main() -> None:
     "The command ddpm-edm-train."
     run_command(train_images, "ddpm-edm-train")

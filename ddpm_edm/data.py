@@ -33,13 +33,13 @@ def _checked_labels(labels, n: int, classes: Sequence[str] | None) -> tuple[Tens
         raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {int(labels[at])} at {at} ({int(wrong.sum())} of {n} are wrong)")
     return labels, list(classes)
 
-# %% ../nbs/12_data.ipynb #b0f36923
+# %% ../nbs/12_data.ipynb #e388c5eb
 class Stats(NamedTuple):
     "Mean and standard deviation of all pixels, in [-1, 1] units; `std` is what EDM calls sigma_data."
     mean: float
     std: float
 
-# %% ../nbs/12_data.ipynb #9e87317b
+# %% ../nbs/12_data.ipynb #7c68ebe3
 class ImageData:
     "Images held in memory as uint8, on any device, and served as float batches in [-1, 1]."
     def __init__(
@@ -110,14 +110,14 @@ class ImageData:
         if self.labels is not None: h.update(self.labels.cpu().numpy().tobytes())
         return h.hexdigest()[:16]
 
-# %% ../nbs/12_data.ipynb #45d64802
+# %% ../nbs/12_data.ipynb #b493107d
 def digits() -> ImageData:
     "1797 scanned digits, 1 x 8 x 8 with 17 grey levels, that come with scikit-learn (Alpaydin & Kaynak 1998)."
     from sklearn.datasets import load_digits
     d = load_digits()
     return ImageData(torch.tensor(d.images, dtype=torch.uint8)[:, None], torch.tensor(d.target), name="digits", max_value=16)
 
-# %% ../nbs/12_data.ipynb #08d09a48
+# %% ../nbs/12_data.ipynb #0cbeb993
 def _why(e: Exception) -> str: return str(e) or type(e).__name__
 
 def _torchvision(dataset: str, name: str, root: str | Path) -> ImageData:
@@ -130,7 +130,7 @@ def _torchvision(dataset: str, name: str, root: str | Path) -> ImageData:
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return ImageData(images, torch.as_tensor(d.targets), d.classes, name)
 
-# %% ../nbs/12_data.ipynb #d3976905
+# %% ../nbs/12_data.ipynb #31d5238b
 def mnist(root: str | Path = "data") -> ImageData:
     "60,000 handwritten digits, 1 x 28 x 28 (LeCun et al. 1998)."
     return _torchvision("MNIST", "mnist", root)
@@ -143,7 +143,7 @@ def cifar10(root: str | Path = "data") -> ImageData:
     "50,000 photographs of ten kinds of thing, 3 x 32 x 32 (Krizhevsky 2009)."
     return _torchvision("CIFAR10", "cifar10", root)
 
-# %% ../nbs/12_data.ipynb #ff2d039e
+# %% ../nbs/12_data.ipynb #9fd7d1d6
 def _read_image(path: Path, size: tuple[int, int], mode: str) -> Tensor:
     "One picture, upright, scaled to cover (H, W) and cut to it around the centre; (C, H, W) uint8."
     from PIL import Image, ImageOps
@@ -157,7 +157,7 @@ def _read_image(path: Path, size: tuple[int, int], mode: str) -> Tensor:
         image = ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
 
-# %% ../nbs/12_data.ipynb #65b28b15
+# %% ../nbs/12_data.ipynb #f3373899
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 def _picture_files(path: Path) -> list[Path]:
@@ -170,7 +170,7 @@ def _picture_files(path: Path) -> list[Path]:
         raise ValueError(f"{path} holds pictures beside folders of pictures; put every picture into a class folder, or none")
     return sorted(files, key=lambda f: f.relative_to(path).parts)
 
-# %% ../nbs/12_data.ipynb #a8be86b2
+# %% ../nbs/12_data.ipynb #59fcf92d
 def image_folder(
     path: str | Path,                 # folder of pictures, or of one folder of pictures per class
     size: int | tuple[int, int],      # height and width, or one number for both
@@ -197,7 +197,7 @@ def image_folder(
     labels = torch.tensor([classes.index(parts[0]) for parts in read]) if classes else None
     return ImageData(images[:len(read)], labels, classes or None, path.resolve().name)
 
-# %% ../nbs/12_data.ipynb #43a62447
+# %% ../nbs/12_data.ipynb #c29dcd00
 DATASETS = {"digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10}
 
 def load_data(

@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 
 from .core import Denoiser, seeded_noise
 
-# %% ../nbs/08_solvers.ipynb #ffd18435
+# %% ../nbs/08_solvers.ipynb #5e0d68a6
 def euler(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
     "One Euler step of dx/dsigma = (x - D) / sigma; one evaluation, first order. The same as DDIM (Song et al. 2021)."
     d = (x - denoise(x, sigma)) / sigma
     return x + (sigma_next - sigma) * d, carry
 
-# %% ../nbs/08_solvers.ipynb #6687f80f
+# %% ../nbs/08_solvers.ipynb #9df92b39
 def heun(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
     "One Heun step (Karras et al. 2022, Algorithm 1); two evaluations, second order; Euler if it ends at sigma = 0."
     d = (x - denoise(x, sigma)) / sigma
@@ -45,7 +45,7 @@ def _check_sigmas(sigmas: Tensor) -> list[float]:
             raise ValueError(f"sigmas must be finite, decrease and end at 0 or above; {high} then {low} at index {i}")
     return levels
 
-# %% ../nbs/08_solvers.ipynb #98ca61e6
+# %% ../nbs/08_solvers.ipynb #14aa63d9
 class _Evaluate:
     "The denoiser as a step sees it: conditioned, checked, and remembering the step's first answer."
     def __init__(self, denoise: Denoiser, dtype: torch.dtype, cond: dict):
@@ -59,7 +59,7 @@ class _Evaluate:
         if self.first is None: self.first = D
         return D
 
-# %% ../nbs/08_solvers.ipynb #317e938f
+# %% ../nbs/08_solvers.ipynb #b2e90860
 @torch.no_grad()
 def sample(
     denoise: Denoiser,                      # what estimates x0 from (x, sigma)
@@ -88,7 +88,7 @@ def sample(
         if callback is not None: callback(x=before, sigma=sigma, D=evaluate.first, i=i)
     return x
 
-# %% ../nbs/08_solvers.ipynb #454c7aee
+# %% ../nbs/08_solvers.ipynb #40e18f9a
 def generate(
     denoise: Denoiser,                  # what estimates x0 from (x, sigma)
     seeds: Iterable[int],               # one per sample

@@ -8,7 +8,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/train.html.md"""
 __all__ = ['learning_rate', 'Settings', 'Trainer', 'replacing', 'save_denoiser', 'load', 'read_log', 'sample_picture',
            'plot_loss', 'RunFolder', 'train']
 
-# %% ../nbs/15_train.ipynb #12c5efe9
+# %% ../nbs/15_train.ipynb #87e2c9e7
 import errno
 import json
 import math
@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +38,12 @@ from .precond import EDMLoss, EDMPrecond
 from .solvers import generate
 from .unet import UNet
 
-# %% ../nbs/15_train.ipynb #31612838
+# %% ../nbs/15_train.ipynb #ef22f9aa
 def _generator(*key: int) -> torch.Generator:
     "A generator that depends on the whole key; torch would keep only the low 32 bits of a seed."
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-# %% ../nbs/15_train.ipynb #4c5264b2
+# %% ../nbs/15_train.ipynb #55f3c017
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, n: int) -> Tensor:
     "The order in which an epoch shows n images."
@@ -53,7 +54,7 @@ def _batch_index(seed: int, start: int, batch: int, n: int) -> Tensor:
     return torch.cat([_order(seed, epoch, n)[max(start - epoch * n, 0):start + batch - epoch * n]
                       for epoch in range(start // n, (start + batch - 1) // n + 1)])
 
-# %% ../nbs/15_train.ipynb #92c20763
+# %% ../nbs/15_train.ipynb #1018fbd3
 def learning_rate(
     seen: int,         # images seen
     images: int,       # images in the whole training
@@ -65,7 +66,7 @@ def learning_rate(
     decay = lr_end + (1 - lr_end) * (1 + math.cos(math.pi * min(seen / images, 1))) / 2
     return lr * decay * min(1, (seen + 1) / max(warmup, 1))
 
-# %% ../nbs/15_train.ipynb #1b11f115
+# %% ../nbs/15_train.ipynb #5341e2bb
 def _whole(name: str, value, least: int) -> int:
     "An integer setting; 1e5 is as good as 100_000, but 64.5 is refused."
     try: number = int(value)
@@ -82,7 +83,7 @@ def _real(name: str, value, most: float = math.inf) -> float:
         raise ValueError(f"{name} must be {f'from 0 to {most}' if limited else 'positive'}, got {value!r}")
     return float(value)
 
-# %% ../nbs/15_train.ipynb #b234511a
+# %% ../nbs/15_train.ipynb #8d9096db
 @dataclass
 class Settings:
     "What decides the result of a training, beside the network and the data; `train` says what each means."
@@ -105,7 +106,7 @@ class Settings:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
 
-# %% ../nbs/15_train.ipynb #5bd669d0
+# %% ../nbs/15_train.ipynb #61f93bad
 def _draw(s: Settings, data: ImageData, seen: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     "All that is random in the step after `seen` images: index, sigma, n, labels withheld, a seed for dropout."
     g = _generator(s.seed, 1, seen)
@@ -114,7 +115,7 @@ def _draw(s: Settings, data: ImageData, seen: int) -> tuple[Tensor, Tensor, Tens
     dropout_seed = int(torch.randint(2**31, (), generator=g))
     return _batch_index(s.seed, seen, s.batch, len(data)), sigma, n, withheld, dropout_seed
 
-# %% ../nbs/15_train.ipynb #de98f76c
+# %% ../nbs/15_train.ipynb #ad0b79e2
 class Trainer:
     "A denoiser in training. Step k is a function of (seed, k) and the state, so a resumed run is the run itself."
     def __init__(self, denoiser: EDMPrecond, data: ImageData, settings: Settings):
@@ -154,7 +155,7 @@ class Trainer:
         if self.accelerator.num_processes == 1: return yes
         return self.accelerator.reduce(torch.tensor(float(yes), device=self.device)).item() > 0
 
-# %% ../nbs/15_train.ipynb #6b49680b
+# %% ../nbs/15_train.ipynb #19bd4a47
 def _state(trainer: Trainer) -> dict[str, Tensor]:
     "All that `_restore` needs, by name."
     tensors = {f"model/{k}": v for k, v in trainer.denoiser.state_dict().items()}
@@ -176,7 +177,7 @@ def _restore(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     trainer.opt.load_state_dict(opt)
     trainer.seen, trainer.losses = int(tensors["seen"]), list(tensors["losses"].to(trainer.device, copy=True))
 
-# %% ../nbs/15_train.ipynb #25a286d0
+# %% ../nbs/15_train.ipynb #f90f5faf
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     "Give a temporary path beside `path` to write to, and move it there in one piece once the block has succeeded."
@@ -207,7 +208,7 @@ def _sync_folder(folder: Path) -> None:
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/15_train.ipynb #54fa7c02
+# %% ../nbs/15_train.ipynb #ab57a0d8
 def save_denoiser(
     denoiser: EDMPrecond,
     path: str | Path,               # file to write, replaced in one piece
@@ -217,7 +218,7 @@ def save_denoiser(
     config = (config or {}) | dict(net=denoiser.net.config, sigma_data=denoiser.sigma_data)
     with replacing(path) as f: f.write_bytes(to_bytes(denoiser.state_dict(), {"config": json.dumps(config)}))
 
-# %% ../nbs/15_train.ipynb #639b3101
+# %% ../nbs/15_train.ipynb #622397b1
 def load(
     path: str | Path,                       # a run folder, or a safetensors file
     device: str | torch.device = "cpu",
@@ -245,7 +246,7 @@ def _brief(e: Exception) -> str:
     "An error in one line."
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
-# %% ../nbs/15_train.ipynb #a42477de
+# %% ../nbs/15_train.ipynb #ae41ca81
 def read_log(
     run: str | Path,    # run folder
 ) -> list[dict]:        # what was logged, in order
@@ -258,7 +259,7 @@ def read_log(
 def sample_picture(
     denoiser: EDMPrecond,
     shape: tuple[int, int, int],    # of one image, (C, H, W)
-) -> "PIL.Image.Image":
+) -> Any:                         # a PIL image
     "Samples, 8 a row and one class a row (the first ten classes), always from the same noise."
     rows = min(denoiser.net.num_labels, 10) or 8
     labels = torch.arange(rows).repeat_interleave(8) if denoiser.net.num_labels else None
@@ -268,7 +269,7 @@ def sample_picture(
 
 def plot_loss(
     run: str | Path,    # run folder
-) -> "matplotlib.figure.Figure":
+) -> Any:             # a matplotlib figure
     "The loss of a run against images seen."
     from matplotlib.figure import Figure
     log, fig = read_log(run), Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
@@ -278,7 +279,7 @@ def plot_loss(
     for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): put("{x:.2g}")
     return fig
 
-# %% ../nbs/15_train.ipynb #52e98498
+# %% ../nbs/15_train.ipynb #b92a6c1c
 def _differences(here: dict, there: dict, prefix: str = "") -> list[str]:
     "What two configurations do not share, a phrase for each."
     phrases = []
@@ -288,7 +289,7 @@ def _differences(here: dict, there: dict, prefix: str = "") -> list[str]:
         elif a != b: phrases.append(f"{prefix}{k} is {b} there and {a} here")
     return phrases
 
-# %% ../nbs/15_train.ipynb #2aee318a
+# %% ../nbs/15_train.ipynb #cd348177
 class RunFolder:
     """The files of a training run. Each is replaced in one piece, and the state last of what is due after a step: so
     a kill at any moment leaves a folder to go on with, and the resumed run repeats what was not written."""
@@ -359,7 +360,7 @@ class RunFolder:
         with replacing(self.path / "samples" / f"{seen:09d}.png") as f: picture.save(f)
         with replacing(self.path / "loss.png") as f: figure.savefig(f)
 
-# %% ../nbs/15_train.ipynb #926c720f
+# %% ../nbs/15_train.ipynb #b9a0c969
 def _check_finite(trainer: Trainer, out: Path) -> None:
     "Stop a training whose loss or weights are not numbers any more, before anything of it is saved."
     state = _state(trainer)
@@ -373,7 +374,7 @@ def _check_finite(trainer: Trainer, out: Path) -> None:
     raise FloatingPointError(f"{what} {at} ({at * batch} images) with {trainer.settings}; {out} keeps the last good "
                              "model and state; try a lower lr in another folder")
 
-# %% ../nbs/15_train.ipynb #8305a2e2
+# %% ../nbs/15_train.ipynb #ac9f1609
 @contextmanager
 def _stop_signals() -> Iterator[list]:
     "Collect SIGINT and SIGTERM in a list instead of being stopped half-way; a second one stops at once."
@@ -388,7 +389,7 @@ def _stop_signals() -> Iterator[list]:
     try: yield caught
     finally: put_back()
 
-# %% ../nbs/15_train.ipynb #ed932438
+# %% ../nbs/15_train.ipynb #01a37e2b
 def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> float | None:
     "One step, and what is due after it; the mean loss if it was logged. Saving comes last: see RunFolder."
     before, loss = trainer.seen, None
@@ -405,7 +406,7 @@ def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> floa
     if "save" in due: folder.save(trainer)
     return loss
 
-# %% ../nbs/15_train.ipynb #abcd21ac
+# %% ../nbs/15_train.ipynb #82008b4e
 def _check_fit(denoiser: EDMPrecond, data: ImageData) -> None:
     "Refuse a network that can't be saved, or can't learn this data, before a folder is made."
     if type(denoiser) is not EDMPrecond or type(denoiser.net) is not UNet:
@@ -417,20 +418,20 @@ def _check_fit(denoiser: EDMPrecond, data: ImageData) -> None:
     x = data.batch(slice(0, 1))[0].to(next(denoiser.parameters()).device)
     with torch.no_grad(): denoiser(x, 1.)    # finds sizes and channels that do not fit
 
-# %% ../nbs/15_train.ipynb #7f63fc4d
+# %% ../nbs/15_train.ipynb #658e15c4
 def train(
     denoiser: EDMPrecond,               # what to train, in place
     data: ImageData,                    # what it shall learn; its labels too, if the network has any
     out: str | Path,                    # run folder, new or empty
     *,
-    images: int = 160_000,              # images to see in all
+    images: int = 140_000,              # images to see in all
     batch: int = 64,                    # images per step
     lr: float = 1e-3,                   # highest learning rate
     lr_end: float = 0.02,               # last learning rate, as a share of the highest
     warmup: int = 5_000,                # images over which the rate rises from 0
     ema_halflife: float = 4_000,        # images after which a weight counts half in the average
     label_dropout: float = 0.1,         # share of labels withheld, so that the model is unconditional too
-    noise: LogNormal = LogNormal(),     # where training noise levels come from
+    noise: LogNormal = LogNormal(-0.8), # training noise levels; EDM's for photographs are LogNormal()
     seed: int = 0,                      # of everything random but the first weights
     precision: str = "fp32",            # "fp32", or "bf16" by autocast
     log_every: int = 2_000,             # images between two lines of metrics.jsonl
