@@ -418,20 +418,20 @@ def _check_fit(denoiser: EDMPrecond, data: ImageData) -> None:
     x = data.batch(slice(0, 1))[0].to(next(denoiser.parameters()).device)
     with torch.no_grad(): denoiser(x, 1.)    # finds sizes and channels that do not fit
 
-# %% ../nbs/15_train.ipynb #658e15c4
+# %% ../nbs/15_train.ipynb #e6a35cbf
 def train(
     denoiser: EDMPrecond,               # what to train, in place
     data: ImageData,                    # what it shall learn; its labels too, if the network has any
     out: str | Path,                    # run folder, new or empty
     *,
-    images: int = 140_000,              # images to see in all
+    images: int = 240_000,              # images to see in all
     batch: int = 64,                    # images per step
     lr: float = 1e-3,                   # highest learning rate
     lr_end: float = 0.02,               # last learning rate, as a share of the highest
     warmup: int = 5_000,                # images over which the rate rises from 0
-    ema_halflife: float = 4_000,        # images after which a weight counts half in the average
-    label_dropout: float = 0.1,         # share of labels withheld, so that the model is unconditional too
-    noise: LogNormal = LogNormal(-0.8), # training noise levels; EDM's for photographs are LogNormal()
+    ema_halflife: float = 8_000,        # images after which a weight counts half in the average
+    label_dropout: float = 0.05,        # share of labels withheld, so that the model is unconditional too
+    noise: LogNormal = LogNormal(-0.6), # training noise levels; EDM's for photographs are LogNormal()
     seed: int = 0,                      # of everything random but the first weights
     precision: str = "fp32",            # "fp32", or "bf16" by autocast
     log_every: int = 2_000,             # images between two lines of metrics.jsonl
