@@ -483,7 +483,7 @@ def test_log_in_the_middle_of_a_write(unbroken, tmp_path):
 
 @pytest.mark.parametrize("changes, says", [
     (dict(batch=32), "training.batch is 16 there and 32 here"),
-    (dict(noise=LogNormal(0.)), r"training.noise is LogNormal\(P_mean=-1.2, P_std=1.2\) there and LogNormal\(P_mean=0.0"),
+    (dict(noise=LogNormal(0.)), r"training.noise is LogNormal\(P_mean=-.*\) there and LogNormal\(P_mean=0.0"),
     (dict(images=320, seed=3), "training.images is 160 there and 320 here; training.seed is 0 there and 3 here"),
 ])
 def test_another_run_is_there(unbroken, changes, says):
