@@ -7,27 +7,17 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/precond.html.md"""
 # %% auto #0
 __all__ = ['EDMPrecond', 'EDMLoss']
 
-# %% ../nbs/07_precond.ipynb #bdb30f39
+# %% ../nbs/07_precond.ipynb #ec8be1c5
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .core import Denoiser, expand
+from .core import Denoiser, check_sigma, expand
 from .noise import LogNormal
 
-# %% ../nbs/07_precond.ipynb #f784b63f
-def _check_sigma(sigma: float | Tensor) -> None:
-    "Refuse noise levels that are not positive and finite, wherever looking costs nothing."
-    if isinstance(sigma, Tensor):
-        if sigma.device.type != "cpu" or torch.compiler.is_compiling(): return
-        try: good = bool(((sigma > 0) & sigma.isfinite()).all())
-        except RuntimeError: return    # inside torch.vmap no value can be looked at
-    else: good = 0 < sigma < math.inf
-    if not good: raise ValueError(f"sigma must be positive and finite, got {sigma}")
-
-# %% ../nbs/07_precond.ipynb #130be796
+# %% ../nbs/07_precond.ipynb #085bac5c
 class EDMPrecond(nn.Module):
     "Turn a network into a denoiser: D = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7)."
     def __init__(
@@ -48,14 +38,14 @@ class EDMPrecond(nn.Module):
 
     def forward(self, x: Tensor, sigma: float | Tensor, **cond) -> Tensor:
         "D(x; sigma), (B, *), in x's dtype; the network computes in that of its weights."
-        _check_sigma(sigma)
+        check_sigma(sigma)
         c_skip, c_out, c_in, c_noise = self.coefs(expand(sigma, x))
         dtype = next((p.dtype for p in self.parameters()), x.dtype)
         F = self.net((c_in * x).to(dtype), c_noise.flatten().expand(len(x)).to(dtype), **cond)
         if F.shape != x.shape: raise ValueError(f"net must return x's shape {tuple(x.shape)}, got {tuple(F.shape)}")
         return c_skip * x + c_out * F.to(x.dtype)
 
-# %% ../nbs/07_precond.ipynb #444cdb04
+# %% ../nbs/07_precond.ipynb #56cf1fba
 @dataclass(frozen=True)
 class EDMLoss:
     "Denoising error weighted by lambda(sigma), so that a fresh network's is 1 at every noise level (Karras et al. 2022, eq. 8)."
@@ -82,7 +72,7 @@ class EDMLoss:
         "Loss of each sample."
         if x0.dtype not in (torch.float32, torch.float64): raise ValueError(f"x0 must be float32 or float64, got {x0.dtype}")
         if sigma is None: sigma = self.noise.sample(len(x0), generator).to(x0)
-        else: _check_sigma(sigma)
+        else: check_sigma(sigma)
         if n is None: n = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
         s = expand(sigma, x0)
         D = denoise(x0 + s * n, sigma, **cond)

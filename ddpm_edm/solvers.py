@@ -7,16 +7,15 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/solvers.html.md"""
 # %% auto #0
 __all__ = ['euler', 'heun', 'sample', 'generate']
 
-# %% ../nbs/08_solvers.ipynb #19849bdb
+# %% ../nbs/08_solvers.ipynb #19d5dc05
 from collections.abc import Callable, Iterable, Sequence
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import Denoiser, seeded_noise
+from .core import Denoiser, as_state, check_falling, check_like, seeded_noise
 
 # %% ../nbs/08_solvers.ipynb #5e0d68a6
 def euler(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
@@ -33,33 +32,17 @@ def heun(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: A
     d_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
     return x + (sigma_next - sigma) * (d + d_next) / 2, carry
 
-# %% ../nbs/08_solvers.ipynb #289cb4f8
-def _check_sigmas(sigmas: Tensor) -> list[float]:
-    "The noise levels as floats, refused unless they decrease and stay at or above zero."
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(f"sigmas must be (n+1,) with n at least 1, got shape {tuple(levels.shape)}")
-    levels = levels.tolist()
-    for i, (high, low) in enumerate(zip(levels, levels[1:])):
-        if not inf > high > low >= 0:    # false for nan too
-            raise ValueError(f"sigmas must be finite, decrease and end at 0 or above; {high} then {low} at index {i}")
-    return levels
-
-# %% ../nbs/08_solvers.ipynb #14aa63d9
+# %% ../nbs/08_solvers.ipynb #2b8b3154
 class _Evaluate:
     "The denoiser as a step sees it: conditioned, checked, and remembering the step's first answer."
-    def __init__(self, denoise: Denoiser, dtype: torch.dtype, cond: dict):
-        self.denoise, self.dtype, self.cond, self.first = denoise, dtype, cond, None
+    def __init__(self, denoise: Denoiser, cond: dict): self.denoise, self.cond, self.first = denoise, cond, None
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        D = self.denoise(x, sigma, **self.cond)
-        if D.shape != x.shape:
-            raise ValueError(f"denoise must return x's shape {tuple(x.shape)}, got {tuple(D.shape)} at sigma {sigma:g}")
-        D = D.to(self.dtype)
+        D = check_like("denoise's answer", self.denoise(x, sigma, **self.cond), x)
         if self.first is None: self.first = D
         return D
 
-# %% ../nbs/08_solvers.ipynb #b2e90860
+# %% ../nbs/08_solvers.ipynb #30c88b5a
 @torch.no_grad()
 def sample(
     denoise: Denoiser,                      # what estimates x0 from (x, sigma)
@@ -73,12 +56,8 @@ def sample(
     **cond,                                 # conditioning handed to every call of denoise
 ) -> Tensor:                                # samples, (B, *), in dtype
     "Follow the probability-flow ODE from pure noise at sigmas[0] to sigmas[-1]."
-    levels = _check_sigmas(sigmas)
-    if not (noise.is_floating_point() and noise.isfinite().all()):
-        raise ValueError(f"noise must be floating point and finite, got {noise.dtype} with "
-                         f"{(~noise.isfinite()).sum()} values not finite")
-    if noise.device.type == "mps": dtype = torch.float32    # Apple's GPUs have no float64
-    x, carry, evaluate = noise.to(dtype) * levels[0], None, _Evaluate(denoise, dtype, cond)
+    levels = check_falling("sigmas", sigmas)
+    x, carry, evaluate = as_state(noise, dtype) * levels[0], None, _Evaluate(denoise, cond)
     steps = tqdm(zip(levels, levels[1:]), total=len(levels) - 1, disable=not progress, leave=False)
     for i, (sigma, sigma_next) in enumerate(steps):
         before, evaluate.first = x, None

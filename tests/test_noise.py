@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_edm.noise import LogNormal, karras_sigmas
+from ddpm_edm.core import convert_noise
+from ddpm_edm.noise import (LogNormal, LogUniform, VPNoise, alpha_bars, cosine_betas, karras_sigmas, linear_betas,
+                            scaled_linear_betas, sigmoid_betas, vp_sigmas, zero_terminal_snr)
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "edm_coeffs.npz")
+SCHEDULES = np.load(Path(__file__).parent / "golden" / "schedules.npz")    # the tables at `index` only
 
 levels = st.tuples(st.floats(1e-4, 10), st.floats(1.1, 1e5)).map(lambda t: (t[0], t[0] * t[1]))    # sigma_min, sigma_max
 
@@ -118,3 +121,100 @@ def test_lognormal_refuses(name, value):
 def test_lognormal_is_a_frozen_value():
     assert LogNormal() == LogNormal(-1.2, 1.2) and hash(LogNormal()) == hash(LogNormal(-1.2, 1.2))
     with pytest.raises(AttributeError): LogNormal().P_mean = 0.
+
+
+# ---- DDPM's tables ----
+
+TABLES = {"linear": linear_betas(), "scaled_linear": scaled_linear_betas(start=1e-4, end=0.02), "sigmoid": sigmoid_betas(),
+          "squaredcos_cap_v2": cosine_betas()}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_golden_tables(name):
+    index, betas = SCHEDULES["index"], TABLES[name]
+    assert betas.shape == (1000,) and betas.dtype == torch.float64
+    for key, got in {"betas": betas, "alphas_cumprod": alpha_bars(betas), "zero_snr.alphas_cumprod": alpha_bars(zero_terminal_snr(betas))}.items():
+        np.testing.assert_allclose(got.numpy()[index], SCHEDULES[f"{name}.{key}"], rtol=0, atol=1e-14)    # float64 rounding of 1000 products below 1
+
+
+betas_of = st.one_of(st.tuples(st.integers(2, 60), st.floats(1e-5, 0.5), st.floats(1e-5, 0.9)).map(lambda a: linear_betas(*a)),
+                     st.tuples(st.integers(2, 60), st.floats(0, 0.1)).map(lambda a: cosine_betas(*a)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(betas=betas_of)
+def test_alpha_bars_compose(betas):
+    bar = alpha_bars(betas)
+    assert (bar.diff() < 0).all() and (bar > 0).all()
+    # one step more is one factor more, and noise variances add: var_t = (1 - beta_t) var_{t-1} + beta_t
+    var = torch.zeros((), dtype=torch.float64)
+    for beta, want in zip(betas, 1 - bar):
+        var = (1 - beta) * var + beta
+        assert abs(var - want) < 1e-14    # rounding of at most 60 sums below 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(betas=betas_of)
+def test_zero_terminal_snr(betas):
+    root, old = alpha_bars(zero_terminal_snr(betas)).sqrt(), alpha_bars(betas).sqrt()
+    assert root[-1] == 0 and zero_terminal_snr(betas)[-1] == 1
+    # affine in the root, beginning where it did; a root carries the square root of its square's rounding only where it is small
+    torch.testing.assert_close(root, (old - old[-1]) * old[0] / (old[0] - old[-1]), rtol=1e-7, atol=1e-12)
+
+
+def test_one_step_of_each_table():
+    assert linear_betas(1).tolist() == [1e-4] and cosine_betas(1).tolist() == [0.999] and len(sigmoid_betas(1)) == len(scaled_linear_betas(1)) == 1
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: linear_betas(0), "T must be a whole number and at least 1, got 0"), (lambda: cosine_betas(2.5), "T must be a whole number"),
+    (lambda: sigmoid_betas(10, start=0.), "start must be between 0 and 1, got 0"), (lambda: linear_betas(10, end=1.), "end must be between 0 and 1, got 1"),
+    (lambda: scaled_linear_betas(10, start=-1e-4), "start must be between 0 and 1"), (lambda: cosine_betas(10, s=-1.), "s must be 0 or more"),
+    (lambda: cosine_betas(10, max_beta=1.), "max_beta must be between 0 and 1"),
+    (lambda: alpha_bars(torch.zeros(3)), "betas must be .* 0 < beta <= 1"), (lambda: alpha_bars(torch.tensor([0.1, math.nan])), "betas must be"),
+    (lambda: alpha_bars(torch.ones(2, 2)), r"got shape \(2, 2\)"), (lambda: alpha_bars(torch.ones(0)), "betas must be"),
+    (lambda: zero_terminal_snr(torch.tensor([0.5])), "betas must hold at least 2 steps, got 1")])
+def test_tables_refuse(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+# ---- VP and VE ----
+
+@pytest.mark.parametrize("n", [5, 18, 40])
+def test_golden_vp_schedule(n): np.testing.assert_allclose(vp_sigmas(n).numpy(), SCHEDULES[f"edm.vp.n{n}"], rtol=1e-11, atol=0)
+
+
+def test_golden_training_levels(monkeypatch):
+    "The levels that EDM's VP and VE losses make from the same uniform draws."
+    u = torch.from_numpy(SCHEDULES["edm.VPLoss.u"])
+    monkeypatch.setattr(torch, "rand", lambda n, generator=None, dtype=None: u)
+    # float32 results; VP's golden numbers lose digits themselves where t is tiny
+    np.testing.assert_allclose(VPNoise().sample(len(u)).numpy(), SCHEDULES["edm.VPLoss.sigma(u)"], rtol=1e-6)
+    np.testing.assert_allclose(LogUniform().sample(len(u)).numpy(), SCHEDULES["edm.VELoss.sigma(u)"], rtol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 100), eps=st.floats(1e-5, 0.5), beta_d=st.floats(0.1, 40), beta_min=st.floats(0.01, 2))
+def test_vp_steps_are_even_in_time(n, eps, beta_d, beta_min):
+    s = vp_sigmas(n, eps, beta_d, beta_min)
+    assert s.shape == (n + 1,) and s[-1] == 0 and (s.diff() < 0).all()
+    time = convert_noise(s[:-1], "sigma", "vp_time", beta_d, beta_min)
+    torch.testing.assert_close(time, torch.linspace(1, eps, n, dtype=torch.float64), rtol=1e-9, atol=1e-12)    # rounding through exp and log
+
+
+def test_vp_time_and_log_sigma_are_uniform():
+    n = 50_000
+    for u in (convert_noise(VPNoise().sample(n, seeded(0)).double(), "sigma", "vp_time"),
+              (LogUniform(0.1, 10.).sample(n, seeded(0)).double() / 0.1).log() / math.log(100)):
+        for q in (0.1, 0.5, 0.9):    # 5 standard errors of a share
+            assert abs((u < q).double().mean() - q) < 5 * (q * (1 - q) / n)**0.5 + 1e-4    # and VP's least time
+    assert VPNoise().sample(4).dtype == LogUniform().sample(4).dtype == torch.float32
+    assert torch.equal(VPNoise().sample(4, seeded(1)), VPNoise().sample(4, seeded(1)))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: vp_sigmas(0), "n must be a whole number and at least 1, got 0"), (lambda: vp_sigmas(3, 0.), "epsilon_s must be between 0 and 1"),
+    (lambda: vp_sigmas(3, beta_d=-1.), "beta_d and beta_min must be positive"), (lambda: VPNoise(epsilon_t=1.), "epsilon_t must be between 0 and 1"),
+    (lambda: LogUniform(1., 1.), "need 0 < sigma_min < sigma_max"), (lambda: LogUniform(0.), "need 0 < sigma_min")])
+def test_vp_and_ve_refuse(call, message):
+    with pytest.raises(ValueError, match=message): call()

@@ -191,14 +191,14 @@ def test_sigmas_may_be_a_list_and_end_above_zero(p, noise):
 
 @pytest.mark.parametrize("sigmas, message", [
     ([0., 1., 2.], "decrease"),
-    ([2., 1., 1., 0.], "1.0 then 1.0 at index 1"),
-    ([2., 1., 0., 0.], "0.0 then 0.0 at index 2"),
-    ([2., 1., -1.], "0 or above"),
+    ([2., 1., 1., 0.], "got 1 at index 2 after 1"),
+    ([2., 1., 0., 0.], "got 0 at index 3 after 0"),
+    ([2., 1., -1.], "at 0 or above"),
     ([math.nan, 1., 0.], "finite"),
     ([2., math.nan, 0.], "finite"),
     ([2., 1., math.nan], "finite"),
     ([math.inf, 1., 0.], "finite"),
-    ([1.], r"\(n\+1,\).*got shape \(1,\)"),
+    ([1.], r"at least 2 values in one axis, got shape \(1,\)"),
     ([], r"got shape \(0,\)"),
     (3., r"got shape \(\)"),
     ([[2., 1., 0.]], r"got shape \(1, 3\)"),
@@ -210,7 +210,7 @@ def test_bad_sigmas(p, noise, sigmas, message):
 
 
 def test_bad_noise(p, noise):
-    with pytest.raises(ValueError, match="noise must be floating point.*int64"): sample(p, noise.long(), karras_sigmas(3))
+    with pytest.raises(ValueError, match="noise must be a finite floating-point tensor.*int64"): sample(p, noise.long(), karras_sigmas(3))
     for bad in (math.nan, math.inf):
         spoilt = noise.clone()
         spoilt[1, 0] = bad
@@ -219,7 +219,7 @@ def test_bad_noise(p, noise):
 
 @pytest.mark.parametrize("wrong", [lambda x: x[:1], lambda x: x[0], lambda x: x[..., None], lambda x: x.sum()])
 def test_denoiser_of_wrong_shape(noise, wrong):
-    with pytest.raises(ValueError, match=r"denoise must return x's shape \(5, 2\), got .* at sigma 80"):
+    with pytest.raises(ValueError, match=r"denoise's answer must have shape \(5, 2\), got shape"):
         sample(lambda x, sigma: wrong(x), noise, karras_sigmas(3))
 
 
