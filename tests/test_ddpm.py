@@ -443,7 +443,7 @@ def test_importance_is_unbiased_and_quieter():
     chooser = ImportanceSteps(40, history=3)
     every = torch.arange(40)
     def losses(t): return size[t] * (1 + 0.1 * torch.randn(len(t), generator=g, dtype=torch.float64))
-    for k in range(3):
+    for _ in range(3):
         assert (chooser.probabilities() == 1 / 40).all()    # not before all have their history
         chooser.update(every, losses(every))
     p = chooser.probabilities()

@@ -239,7 +239,7 @@ def test_level_variance_is_the_recursion(step, steps, ratio):
 
 
 def test_level_variance_is_what_annealing_leaves():
-    ratio, T, step = 1.5, 4, 0.2
+    T, step = 4, 0.2
     x = annealed_langevin(lambda x, sigma: 0 * x, unit(0, 50_000, 1), f64(3., 2.), T, step=step, draw=draws(1))
     first = level_variance(step, T, 1.)                       # on the first level it starts with that level's variance
     want = 4 * level_variance(step, T, 1.5 * first**0.5)
