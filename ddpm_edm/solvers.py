@@ -7,7 +7,8 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/solvers.html.md"""
 # %% auto #0
 __all__ = ['euler', 'heun', 'sample', 'generate']
 
-# %% ../nbs/08_solvers.ipynb #19d5dc05
+# %% ../nbs/08_solvers.ipynb #b1c10bc4
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -32,17 +33,26 @@ def heun(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: A
     d_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
     return x + (sigma_next - sigma) * (d + d_next) / 2, carry
 
-# %% ../nbs/08_solvers.ipynb #2b8b3154
+# %% ../nbs/08_solvers.ipynb #9f7f38e9
 class _Evaluate:
     "The denoiser as a step sees it: conditioned, checked, and remembering the step's first answer."
-    def __init__(self, denoise: Denoiser, cond: dict): self.denoise, self.cond, self.first = denoise, cond, None
+    def __init__(self, denoise: Denoiser, cond: dict):
+        self.denoise, self.cond, self.first, self.i, self.sums = denoise, cond, None, 0, []
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        D = check_like("denoise's answer", self.denoise(x, sigma, **self.cond), x)
+        D = check_like(f"denoise's answer in step {self.i} (sigma = {sigma:g})", self.denoise(x, sigma, **self.cond), x)
+        self.sums.append((D.sum(), self.i, sigma))    # finite if all of D is; nan or infinite otherwise
+        if D.device.type == "cpu": self.check()
         if self.first is None: self.first = D
         return D
 
-# %% ../nbs/08_solvers.ipynb #30c88b5a
+    def check(self) -> None:
+        "Refuse answers that are not finite; waits for the device."
+        for total, i, sigma in self.sums:
+            if not math.isfinite(total.item()): raise ValueError(f"denoise's answer in step {i} (sigma = {sigma:g}) must be finite, got nan or infinity")
+        self.sums.clear()
+
+# %% ../nbs/08_solvers.ipynb #1b9e42b6
 @torch.no_grad()
 def sample(
     denoise: Denoiser,                      # what estimates x0 from (x, sigma)
@@ -50,7 +60,8 @@ def sample(
     sigmas: Tensor,                         # decreasing noise levels, (n+1,), as `karras_sigmas` makes them
     step: Callable = heun,                  # step(denoise, x, sigma, sigma_next, carry) -> x, carry
     *,
-    callback: Callable | None = None,       # called after each step with x, sigma, the step's first D, i
+    churn: Callable | None = None,          # before each step, churn(x, sigma, i) -> x, sigma with more noise, as `edm.Churn` does
+    callback: Callable | None = None,       # called after each step with the x and sigma it began with, its first D, its number i
     progress: bool = False,                 # show a progress bar
     dtype: torch.dtype = torch.float64,     # of the state x; the network computes in its own
     **cond,                                 # conditioning handed to every call of denoise
@@ -60,11 +71,13 @@ def sample(
     x, carry, evaluate = as_state(noise, dtype) * levels[0], None, _Evaluate(denoise, cond)
     steps = tqdm(zip(levels, levels[1:]), total=len(levels) - 1, disable=not progress, leave=False)
     for i, (sigma, sigma_next) in enumerate(steps):
-        before, evaluate.first = x, None
+        if churn is not None: x, sigma = churn(x, sigma, i)
+        before, evaluate.first, evaluate.i = x, None, i
         x, carry = step(evaluate, x, sigma, sigma_next, carry)
         if x.shape != noise.shape:
             raise ValueError(f"step must return (x, carry) with x of shape {tuple(noise.shape)}, got {tuple(x.shape)}")
         if callback is not None: callback(x=before, sigma=sigma, D=evaluate.first, i=i)
+    evaluate.check()
     return x
 
 # %% ../nbs/08_solvers.ipynb #40e18f9a

@@ -9,7 +9,7 @@ import torch
 from ddpm_edm.core import CountNFE, seeded_noise
 from ddpm_edm.noise import karras_sigmas
 from ddpm_edm.oracle import Gaussian, Mixture
-from ddpm_edm.solvers import euler, generate, heun, sample
+from ddpm_edm.solvers import _Evaluate, euler, generate, heun, sample
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -219,8 +219,51 @@ def test_bad_noise(p, noise):
 
 @pytest.mark.parametrize("wrong", [lambda x: x[:1], lambda x: x[0], lambda x: x[..., None], lambda x: x.sum()])
 def test_denoiser_of_wrong_shape(noise, wrong):
-    with pytest.raises(ValueError, match=r"denoise's answer must have shape \(5, 2\), got shape"):
+    with pytest.raises(ValueError, match=r"denoise's answer in step 0 \(sigma = 80\) must have shape \(5, 2\), got shape"):
         sample(lambda x, sigma: wrong(x), noise, karras_sigmas(3))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_denoiser_that_is_not_finite(p, noise, bad):
+    def breaks_down(x, sigma):
+        D = p(x, sigma)
+        if sigma < 1: D[3, 1] = bad
+        return D
+    sigmas = [4., 2., 0.5, 0.]
+    count = CountNFE(breaks_down)
+    with pytest.raises(ValueError, match=r"denoise's answer in step 1 \(sigma = 0.5\) must be finite"): sample(count, noise, sigmas)
+    assert count.nfe == 4                                  # on the CPU nothing follows the bad answer
+    with pytest.raises(ValueError, match=r"step 2 \(sigma = 0.5\) must be finite"): sample(breaks_down, noise, sigmas, euler)
+
+
+def test_denoiser_that_is_not_finite_is_found_at_the_end_where_looking_is_costly(p, noise):
+    evaluate = _Evaluate(p, {})
+    for evaluate.i, total in enumerate((1., math.nan, math.inf)): evaluate.sums.append((torch.tensor(total), evaluate.i, 9. - evaluate.i))
+    with pytest.raises(ValueError, match=r"step 1 \(sigma = 8\) must be finite"): evaluate.check()
+
+
+def test_answers_are_looked_at_in_every_evaluation_and_at_the_end(p, noise, monkeypatch):
+    looks, check = [], _Evaluate.check
+    def watched(self):
+        looks.append(len(self.sums))
+        check(self)
+    monkeypatch.setattr(_Evaluate, "check", watched)
+    sample(p, noise, karras_sigmas(3), euler)
+    assert looks == [1, 1, 1, 0]                           # each answer once; the last look is the only one on a GPU
+
+
+def test_churn_moves_what_the_step_begins_with(p, noise):
+    seen, sigmas = [], [4., 2., 1., 0.]
+    def churn(x, sigma, i):
+        assert i == len(seen)
+        return x + i, sigma * 1.5
+    x = sample(p, noise, sigmas, euler, churn=churn, callback=lambda x, sigma, D, i: seen.append((x, sigma, D)))
+    want = 4 * noise
+    for i, sigma_next in enumerate(sigmas[1:]):
+        assert torch.equal(seen[i][0], want + i) and seen[i][1] == sigmas[i] * 1.5
+        assert torch.equal(seen[i][2], p(want + i, sigmas[i] * 1.5))
+        want = euler(p, want + i, sigmas[i] * 1.5, sigma_next)[0]
+    assert torch.equal(x, want)
 
 
 def test_step_that_forgets_carry(p, noise):
