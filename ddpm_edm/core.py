@@ -6,7 +6,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/core.html.md"""
 
 # %% auto #0
 __all__ = ['COLORS', 'NOISE_SCALES', 'PREDICTIONS', 'image_grid', 'show_images', 'expand', 'check_sigma', 'Denoiser', 'score_of',
-           'eps_of', 'CountNFE', 'seeded_noise', 'NoiseStream', 'check_count', 'check_like', 'as_state',
+           'eps_of', 'CountNFE', 'seeded_noise', 'NoiseStream', 'check_count', 'check_like', 'check_finite', 'as_state',
            'check_falling', 'convert_noise', 'convert', 'as_denoiser']
 
 # %% ../nbs/00_core.ipynb #b5562f28
@@ -173,7 +173,7 @@ class NoiseStream:
         self.started = True
         return _draw(self.generators, x.shape[1:]).to(x.dtype).to(x.device)
 
-# %% ../nbs/00_core.ipynb #75e8a90f
+# %% ../nbs/00_core.ipynb #72ef86ca
 def check_count(name: str, n: int, least: int = 1) -> None:
     "Refuse a number of things that is none."
     if not isinstance(n, Integral) or n < least: raise ValueError(f"{name} must be a whole number and at least {least}, got {n!r}")
@@ -184,12 +184,16 @@ def check_like(name: str, value: Tensor, x: Tensor) -> Tensor:
     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise ValueError(f"{name} must have shape {tuple(x.shape)}, got {got}")
 
+def check_finite(name: str, x: Tensor) -> None:
+    "Refuse samples that are not floating point, lack an axis for the batch, or are not finite."
+    if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and x.isfinite().all(): return
+    got = f"{x.dtype} of shape {tuple(x.shape)}, {(~x.isfinite()).sum()} values not finite" if isinstance(x, Tensor) else type(x).__name__
+    raise ValueError(f"{name} must be a finite floating-point tensor (B, *), got {got}")
+
 def as_state(noise: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     "Noise in the dtype of a sampler's state (float32 on Apple's GPUs, which have no float64), refused unless it is finite."
-    if isinstance(noise, Tensor) and noise.is_floating_point() and noise.ndim and noise.isfinite().all():
-        return noise.to(torch.float32 if noise.device.type == "mps" else dtype)
-    got = f"{noise.dtype} of shape {tuple(noise.shape)}, {(~noise.isfinite()).sum()} values not finite" if isinstance(noise, Tensor) else type(noise).__name__
-    raise ValueError(f"noise must be a finite floating-point tensor (B, *), got {got}")
+    check_finite("noise", noise)
+    return noise.to(torch.float32 if noise.device.type == "mps" else dtype)
 
 def check_falling(name: str, values: Tensor, least: int = 2) -> list[float]:
     "A schedule's values as floats, refused unless they are at least so many, finite, decrease and stay at or above zero."

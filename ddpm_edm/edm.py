@@ -8,7 +8,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/edm.html.md"""
 __all__ = ['LINEAR_CLOCK', 'ROOT_CLOCK', 'Churn', 'edm_sampler', 'Clock', 'vp_clock', 'clock_step', 'iddpm_sigmas',
            'ablation_sampler']
 
-# %% ../nbs/09_edm.ipynb #0b01165a
+# %% ../nbs/09_edm.ipynb #432b0bf7
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .core import Denoiser, check_count, check_like, convert_noise
 from .langevin import geometric_sigmas
-from .noise import karras_sigmas
+from .noise import alpha_bars, cosine_betas, karras_sigmas
 from .solvers import heun, sample
 
 # %% ../nbs/09_edm.ipynb #9b80d01f
@@ -128,7 +128,7 @@ def clock_step(
         return (y + h * d) / s(sigma_next), carry
     return step
 
-# %% ../nbs/09_edm.ipynb #97d23ddc
+# %% ../nbs/09_edm.ipynb #cd6183de
 def iddpm_sigmas(
     n: int,                      # number of steps
     sigma_min: float = 0.002,    # noise levels outside this range are left out, in data units
@@ -142,10 +142,8 @@ def iddpm_sigmas(
     check_count("M", M)
     if not 0 < C_1 < 1: raise ValueError(f"C_1 must be between 0 and 1, got {C_1}")
     if not 0 <= C_2 < math.inf: raise ValueError(f"C_2 must be 0 or more and finite, got {C_2}")
-    def alpha_bar(j): return math.sin(math.pi / 2 * j / (M * (1 + C_2)))**2
-    u = [0.]
-    for j in range(M, 0, -1): u.append(math.sqrt((u[-1]**2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
-    u = [level for level in reversed(u) if sigma_min <= level <= sigma_max]
+    table = alpha_bars(cosine_betas(M, C_2, 1 - C_1))
+    u = [level for level in convert_noise(table, "alpha_bar", "sigma").flip(0).tolist() if sigma_min <= level <= sigma_max]
     if n > len(u): raise ValueError(f"n must be at most {len(u)}, the levels of the table from {sigma_min} to {sigma_max}, got {n}")
     rows = [math.floor(i * (len(u) - 1) / max(n - 1, 1) + 0.5) for i in range(n)]
     return torch.tensor([u[row] for row in rows] + [0.], dtype=torch.float64)

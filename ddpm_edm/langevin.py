@@ -8,7 +8,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/langevin.html.md"""
 __all__ = ['langevin', 'metropolis_langevin', 'geometric_sigmas', 'annealed_langevin', 'largest_distance', 'ladder_ratio',
            'level_variance', 'langevin_step']
 
-# %% ../nbs/03_langevin.ipynb #a413578c
+# %% ../nbs/03_langevin.ipynb #52e77dcd
 import math
 from collections.abc import Callable
 
@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import PREDICTIONS, as_state, check_count, check_falling, check_like, convert, expand
+from .core import PREDICTIONS, as_state, check_count, check_falling, check_finite, check_like, convert, expand
 
-# %% ../nbs/03_langevin.ipynb #708323b9
+# %% ../nbs/03_langevin.ipynb #f586536e
 def _check_chain(x: Tensor, step: float, steps: int) -> None:
     "Refuse a start or a step that can't be."
-    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 1 and x.isfinite().all()):
-        got = f"{x.dtype} of shape {tuple(x.shape)}, {(~x.isfinite()).sum()} values not finite" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a finite floating-point tensor (B, *), got {got}")
+    check_finite("x", x)
     if not 0 < step < math.inf: raise ValueError(f"step must be positive and finite, got {step}")
     check_count("steps", steps)
 

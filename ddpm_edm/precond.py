@@ -8,7 +8,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/precond.html.md"""
 __all__ = ['Precond', 'EDMPrecond', 'VPPrecond', 'IDDPMPrecond', 'VEPrecond', 'DenoisingLoss', 'EDMLoss', 'VPLoss', 'VELoss',
            'MinSNRLoss', 'LearnedWeight']
 
-# %% ../nbs/07_precond.ipynb #1451d49d
+# %% ../nbs/07_precond.ipynb #240aceeb
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .core import Denoiser, check_count, check_sigma, convert_noise, expand
+from .core import Denoiser, check_count, check_like, check_sigma, convert_noise, expand
 from .noise import LogNormal, LogUniform, VPNoise, alpha_bars, cosine_betas
 
-# %% ../nbs/07_precond.ipynb #504b8caf
+# %% ../nbs/07_precond.ipynb #61251b55
 class Precond(nn.Module):
     "Turn a network into a denoiser: D = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7)."
     def __init__(
@@ -38,8 +38,7 @@ class Precond(nn.Module):
         c_skip, c_out, c_in, c_noise = self.coefs(expand(sigma, x))
         dtype = next((p.dtype for p in self.parameters()), x.dtype)
         F = self.net((c_in * x).to(dtype), c_noise.flatten().expand(len(x)).to(dtype), **cond)
-        if F.shape != x.shape: raise ValueError(f"net must return x's shape {tuple(x.shape)}, got {tuple(F.shape)}")
-        return c_skip * x + c_out * F.to(x.dtype)
+        return c_skip * x + c_out * check_like("net's output", F, x)
 
 # %% ../nbs/07_precond.ipynb #c04a73fa
 class EDMPrecond(Precond):
@@ -121,7 +120,7 @@ class VEPrecond(Precond):
         one = torch.ones_like(sigma)
         return one, sigma, one, (sigma / 2).log()
 
-# %% ../nbs/07_precond.ipynb #e3fd3f44
+# %% ../nbs/07_precond.ipynb #16f82738
 class DenoisingLoss:
     "Squared error of a denoiser, weighted by lambda(sigma), at noise levels drawn from a density (Karras et al. 2022, eq. 2 and Table 1)."
     def __init__(
@@ -149,9 +148,7 @@ class DenoisingLoss:
         else: check_sigma(sigma)
         if n is None: n = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
         s = expand(sigma, x0)
-        D = denoise(x0 + s * n, sigma, **cond)
-        for name, t in (("n", n), ("denoise's output", D)):    # another shape might broadcast, and be wrong without a word
-            if t.shape != x0.shape: raise ValueError(f"{name} must have x0's shape {tuple(x0.shape)}, got {tuple(t.shape)}")
+        D = check_like("denoise's output", denoise(x0 + s * check_like("n", n, x0), sigma, **cond), x0)
         return (self.weight(s) * (D - x0)**2).flatten(1).mean(1)
 
 # %% ../nbs/07_precond.ipynb #f7c32bcc

@@ -7,13 +7,13 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/score.html.md"""
 # %% auto #0
 __all__ = ['fisher_divergence', 'implicit_loss', 'sliced_loss', 'denoising_loss']
 
-# %% ../nbs/02_score.ipynb #84ca3282
+# %% ../nbs/02_score.ipynb #9bb6a3ad
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .core import check_sigma, expand
+from .core import check_like, check_sigma, expand
 
 # %% ../nbs/02_score.ipynb #892dd804
 def _check(x: Tensor, sigma: float | Tensor | None) -> None:
@@ -111,7 +111,7 @@ def sliced_loss(
     if reduce_variance: return _sum(s**2) / 2 + slopes.mean(0)
     return (torch.stack([_sum(s * u) for u in v])**2 / 2 + slopes).mean(0)
 
-# %% ../nbs/02_score.ipynb #7d7e47e3
+# %% ../nbs/02_score.ipynb #d39e82e5
 def denoising_loss(
     score: Callable,                          # score(x, sigma), or score(x) if tell_sigma is off
     x0: Tensor,                               # clean samples, (B, *)
@@ -126,6 +126,5 @@ def denoising_loss(
     check_sigma(sigma)
     s = expand(sigma, x0)
     if n is None: n = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-    if n.shape != x0.shape: raise ValueError(f"n must have x0's shape {tuple(x0.shape)}, got {tuple(n.shape)}")
-    n = n.to(x0)
+    n = check_like("n", n, x0)
     return _sum((_ask("score", score, x0 + s * n, sigma if tell_sigma else None) + n / s)**2) / 2

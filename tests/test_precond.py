@@ -251,7 +251,7 @@ def test_loss_refuses_dtypes(dtype):
 
 def test_loss_refuses():
     x0 = randn(4, 3)
-    with pytest.raises(ValueError, match=r"n must have x0's shape \(4, 3\)"): EDMLoss()(EDMPrecond(zeros), x0, n=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"n must have shape \(4, 3\)"): EDMLoss()(EDMPrecond(zeros), x0, n=torch.zeros(3))
     with pytest.raises(ValueError, match="denoise's output"): EDMLoss()(lambda x, s: x[:, :1], x0)
     with pytest.raises(ValueError, match="sigma must be positive"): EDMLoss()(lambda x, s: x, x0, sigma=torch.zeros(4))
     with pytest.raises(ValueError, match=r"\(4,\)"): EDMLoss()(lambda x, s: x, x0, sigma=torch.ones(3))

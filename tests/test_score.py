@@ -428,8 +428,8 @@ def test_refuses_sigma_of_a_wrong_shape(name, sigma):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: denoising_loss(linear, X, 0.5, torch.zeros(4, 1), tell_sigma=False), r"n must have x0's shape \(4, 2\), got \(4, 1\)"),
-    (lambda: denoising_loss(linear, X, 0.5, torch.zeros(2), tell_sigma=False), r"n must have x0's shape \(4, 2\), got \(2,\)"),
+    (lambda: denoising_loss(linear, X, 0.5, torch.zeros(4, 1), tell_sigma=False), r"n must have shape \(4, 2\), got shape \(4, 1\)"),
+    (lambda: denoising_loss(linear, X, 0.5, torch.zeros(2), tell_sigma=False), r"n must have shape \(4, 2\), got shape \(2,\)"),
     (lambda: sliced_loss(linear, X, projections=0), "projections must be at least 1, got 0"),
     (lambda: sliced_loss(linear, X, distribution="uniform"), "distribution must be 'rademacher' or 'gaussian', got 'uniform'"),
     (lambda: sliced_loss(linear, X, v=torch.ones(4, 2)), r"v must be \(V, 4, 2\), .* got \(4, 2\)"),
