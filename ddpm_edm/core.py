@@ -66,10 +66,11 @@ def show_images(
     if title: ax.set_title(title)
     return ax
 
-# %% ../nbs/00_core.ipynb #56885205
-# One colour for one method on every page (Okabe and Ito's palette, safe for colour-blind readers)
+# %% ../nbs/00_core.ipynb #a13e5e74
+# One colour for one method on every page (palettes of Okabe and Ito and of Tol, safe for colour-blind readers)
 COLORS = {"data": "#000000", "exact": "#999999", "euler": "#E69F00", "heun": "#0072B2",
-          "ddpm": "#D55E00", "ddim": "#F0E442", "dpmpp": "#009E73", "langevin": "#CC79A7", "edm": "#56B4E9"}
+          "ddpm": "#D55E00", "ddim": "#F0E442", "dpmpp": "#009E73", "langevin": "#CC79A7", "edm": "#56B4E9",
+          "lms": "#999933", "exp": "#117733", "deis": "#882255", "dpm": "#CC6677", "unipc": "#332288"}
 
 # %% ../nbs/00_core.ipynb #94e6e524
 def expand(

@@ -40,7 +40,8 @@ def test_metadata(wheel):
     squeeze = lambda s: re.sub(r"[\s\"'()]", "", s).lower()
     required = [squeeze(r) for r in meta.get_all("Requires-Dist")]
     assert [r for r in required if ";" not in r] == [squeeze(r) for r in lines("requirements")]
-    assert [r.split(";")[0] for r in required if r.endswith(";extra==dev")] == [squeeze(r) for r in lines("dev_requirements")]
+    for extra in ("dev", "bench"):
+        assert [r.split(";")[0] for r in required if r.endswith(f";extra=={extra}")] == [squeeze(r) for r in lines(f"{extra}_requirements")]
     assert meta["Requires-Python"] == f">={SETTINGS['min_python']}"
     assert meta["Author"] == SETTINGS["author"]
     assert meta["Keywords"].replace(",", " ").split() == SETTINGS["keywords"].split()

@@ -9,7 +9,8 @@ import torch
 from ddpm_edm.core import CountNFE, seeded_noise
 from ddpm_edm.noise import karras_sigmas
 from ddpm_edm.oracle import Gaussian, Mixture
-from ddpm_edm.solvers import _Evaluate, euler, generate, heun, sample
+from ddpm_edm import solvers
+from ddpm_edm.solvers import _Evaluate, euler, generate, heun, sample, second_order
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -81,6 +82,27 @@ def test_order_of_accuracy(mixtures):
 
 
 # --- closed forms
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 2 / 3, 1.])
+def test_second_order_family(mixtures, alpha):
+    data, noise = mixture(mixtures, "g2"), mixtures["g2.latents"]
+    def run(step, n): return sample(data, noise, torch.linspace(2, 0.25, n + 1), step)
+    truth, step = run(heun, 4000), second_order(alpha)
+    errors = [rms(run(step, n) - truth) for n in (64, 128)]
+    assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.15    # higher terms of the error at these n
+    assert alpha < 1 or (run(step, 20) - run(heun, 20)).abs().max() < 1e-12    # rounding: the same rule in another order
+
+
+def test_second_order_looks_where_it_says(p, noise):
+    denoise = Recorder(p)
+    second_order(0.4)(denoise, noise, 2., 1.)
+    assert denoise.sigma == pytest.approx([2., 1.6], abs=1e-15)
+
+
+@pytest.mark.parametrize("alpha", [0., -1., 1.1, math.nan])
+def test_second_order_refuses(alpha):
+    with pytest.raises(ValueError, match="alpha must be above 0 and at most 1, got"): second_order(alpha)
+
 
 def test_gaussian_closed_form(p, noise):
     want = p.mean + p.std / (p.std**2 + 80**2).sqrt() * (80 * noise - p.mean)
@@ -266,6 +288,16 @@ def test_churn_moves_what_the_step_begins_with(p, noise):
     assert torch.equal(x, want)
 
 
+def test_churn_drops_what_the_step_remembered(p, noise):
+    carries = []
+    def step(denoise, x, sigma, sigma_next, carry=None):
+        carries.append(carry)
+        return x, sigma_next
+    def churn(x, sigma, i): return x, sigma * (1.1 if i == 2 else 1)
+    sample(p, noise, [8., 4., 2., 1., 0.], step, churn=churn)
+    assert carries == [None, 4., None, 1.]
+
+
 def test_step_that_forgets_carry(p, noise):
     def forgetful(*args): return euler(*args)[0]
     # with a batch of two Python would unpack the batch into (x, carry) and go on
@@ -316,3 +348,20 @@ def test_generate_refuses_empty_seeds_and_batches(p):
     for batch in (0, -1):
         with pytest.raises(ValueError, match="batch must be at least 1"):
             generate(p, range(4), (2,), karras_sigmas(3), batch=batch)
+
+
+# --- every step of the module
+
+STEPS = {"euler": euler, "heun": heun, "midpoint": second_order(1 / 2), "adams_bashforth": solvers.adams_bashforth(4),
+         "exp_multistep": solvers.exp_multistep(3), "deis": solvers.deis(3), "dpm_multistep": solvers.dpm_multistep(3, "eps"),
+         "dpmpp_2m": solvers.dpmpp_2m, "dpmpp_3m": solvers.dpmpp_3m, "dpm_solver_2": solvers.dpm_solver_2,
+         "dpm_solver_3": solvers.dpm_solver_3, "dpmpp_2s": solvers.dpmpp_2s, "unipc": solvers.unipc(3),
+         **{name: getattr(solvers, name)() for name in ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")}}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_never_look_at_values(name):
+    "Looking makes a processor wait for its GPU. Tensors of the device `meta` have no values: `.item()`, `if x > 0` and the like raise."
+    x, carry, levels = torch.empty(2, 3, device="meta", dtype=torch.float64), None, [8., 5., 3., 2., 1., 0.5, 0.]
+    for sigma, sigma_next in zip(levels, levels[1:]): x, carry = STEPS[name](lambda x, sigma: x / (1 + sigma**2), x, sigma, sigma_next, carry)
+    assert x.shape == (2, 3)
