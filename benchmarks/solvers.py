@@ -13,7 +13,8 @@ mean Euclidean distance between where a sampler ends and where the exact path en
     network  digits network, class-conditional; 128 starts; "exact" is 1000 Heun steps, and up to 35 evaluations
 
 "fixed" is the best of 20 schedules (Karras, four rho and five sigma_min), chosen for each sampler and number of evaluations
-by the first 512 starts (network: 8 schedules, 32 starts), for peers as for us; peers that make their own levels have fewer and, instead, schedules of their own.
+by the first 512 starts (g64: 128; network: 32, and 8 schedules), for peers as for us; peers that make their own levels have fewer
+and, instead, schedules of their own. "peer, to 0.002" are the peers with the usual lowest level alone, as most would use them.
 "fitted" are `fit_sigmas` on other starts than those tested. The peers (diffusers, k-diffusion, azula, smalldiffusion) take
 part where they are installed: pip install "ddpm_edm[bench]". Stochastic samplers do not belong in this table.
 """
@@ -103,7 +104,7 @@ def g64(starts: int, fit_starts: int, nfe: list[int]) -> Problem:
     stds = 10**(torch.rand(20, generator=g, dtype=torch.float64) * 1.2 - 1.7)    # 0.02 to 0.3
     denoise = Mixture(normal(20, 6) @ plane * 64**0.5 * 0.2, stds=stds, weights=weights / weights.sum())
     test, fit = (seeded_noise(range(first, first + n), (64,), torch.float64) for first, n in ((0, starts), (10**6, fit_starts)))
-    return Problem("g64", denoise, test, fine(denoise, test), fit, fine(denoise, fit), 16, nfe)
+    return Problem("g64", denoise, test, fine(denoise, test), fit, fine(denoise, fit), 16, nfe, few=128)
 
 
 def network(starts: int, fit_starts: int, nfe: list[int], run: str | None) -> Problem:
@@ -204,16 +205,18 @@ def table(problem: Problem, with_peers: bool, with_fits: bool) -> dict[str, dict
             schedules = [s for s in problem.schedules if peer.schedules(s)] + list(peer.own)
             settings += len(schedules)
             add("peer", f"{peer.package} {peer.method}", [best(peer.solve, peer.evaluations, schedules, problem, k) for k in problem.nfe])
+            usual = [s for s in schedules if s[1] == 0.002]
+            add("peer, to 0.002", f"{peer.package} {peer.method}", [best(peer.solve, peer.evaluations, usual, problem, k) for k in problem.nfe])
         for package, reason in missing.items(): print(f"{package} takes no part: {reason}\n")
 
     def value(v): return math.inf if v is None else v[0] if isinstance(v, tuple) else v
     tops = {kind: {k: min((value(cells[k]), name) for (what, name), cells in rows.items() if what == kind) for k in problem.nfe}
-            for kind in ("fixed", "adaptive", "fitted", "peer") if any(what == kind for what, _ in rows)}
+            for kind in ("fixed", "adaptive", "fitted", "peer", "peer, to 0.002") if any(what == kind for what, _ in rows)}
     size = f"{len(problem.noise)} starts" + (f", fitted on {len(problem.fit_noise)} others" if with_fits else "")
     print(f"### {problem.name}: mean end error, {size}" + (f", {settings} settings of peers" if settings else "") + "\n")
     print("| schedule | sampler | " + " | ".join(f"{k} NFE" for k in problem.nfe) + " |\n" + "|---" * (2 + len(problem.nfe)) + "|")
     for (kind, name), cells in rows.items():
-        print(f"| {kind} | {name} | " + " | ".join(cell(v, value(v) == tops[kind][k][0]) for k, v in cells.items()) + " |")
+        if kind != "peer, to 0.002": print(f"| {kind} | {name} | " + " | ".join(cell(v, value(v) == tops[kind][k][0]) for k, v in cells.items()) + " |")
     print(f"\nBest of each kind on {problem.name}:\n\n| kind | " + " | ".join(f"{k} NFE" for k in problem.nfe) + " |\n|---" + "|---" * len(problem.nfe) + "|")
     for kind, row in tops.items(): print(f"| {kind} | " + " | ".join(f"{cell(error)} {name}" if error < math.inf else "–" for error, name in row.values()) + " |")
     print(flush=True)

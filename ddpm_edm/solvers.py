@@ -336,8 +336,6 @@ def adaptive(
     return step
 
 # %% ../nbs/08c_stochastic_solvers.ipynb #dc8d9e5d
-import numpy as np
-
 from .core import _generators
 
 # %% ../nbs/08c_stochastic_solvers.ipynb #a8939452
@@ -528,7 +526,7 @@ class Brownian:
         return ((lower - math.exp(log_rho) * upper) / (-math.expm1(2 * log_rho))**0.5).to(x.dtype).to(x.device)    # (8)
 
 # %% ../nbs/08d_fitted_schedules.ipynb #b6d3198b
-from .core import check_count, check_finite
+from .core import check_finite
 from .noise import karras_sigmas
 
 # %% ../nbs/08d_fitted_schedules.ipynb #6dd20855

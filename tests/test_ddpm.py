@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ddpm_edm.ddpm as module
-from ddpm_edm.core import NoiseStream, expand, seeded_noise
+from ddpm_edm.core import NoiseStream, seeded_noise
 from ddpm_edm.ddpm import DDPM, ImportanceSteps, discretized_gaussian_log_likelihood, normal_kl, spaced_timesteps
 from ddpm_edm.noise import cosine_betas, linear_betas, scaled_linear_betas, zero_terminal_snr
 from ddpm_edm.oracle import Gaussian, Mixture

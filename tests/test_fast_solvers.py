@@ -223,7 +223,7 @@ def test_third_multistep_leaves_out_half_of_the_quadratic_term(noise):
     levels = [9., 5., 3.]
     def D(x, s): return torch.full_like(x, math.log(s)**2)
     carry = [(s, D(noise, s)) for s in levels[1::-1]]
-    x, (a, w0, w1, w2), h = {}, _moments("x0", 3., 1.), math.log(3)
+    x, (_, w0, w1, w2), h = {}, _moments("x0", 3., 1.), math.log(3)
     for step in (dpmpp_3m, exp_multistep(3)): x[step], _ = step(D, noise, 3., 1., carry)
     published, exact = x.values()
     want = noise / 3 + w0 * math.log(3)**2 - 2 * w1 * h * math.log(3) + w2 * h**2

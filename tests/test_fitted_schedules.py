@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

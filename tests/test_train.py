@@ -22,7 +22,6 @@ from ddpm_edm.data import ImageData
 from ddpm_edm.noise import LogNormal
 from ddpm_edm.precond import EDMPrecond
 from ddpm_edm.train import Settings, Trainer, learning_rate, load, plot_loss, read_log, replacing, save_denoiser, train
-from ddpm_edm.unet import UNet
 
 # What a run of these tests is made of; the scripts below run it too, in processes that can be killed.
 SETUP = """
