@@ -39,8 +39,8 @@ from ddpm_edm.solvers import (
     fit_sigmas, heun, sample, second_order, unipc,
 )
 
-# Mean errors on g2 at each number of evaluations: the best of 44 settings of the peers, measured before this library had
-# fast solvers (the project's issue 5). Fixed schedules must reach them, fitted ones a third of them.
+# Goals on g2 at each number of evaluations: the best mean errors of 44 settings of the peers, measured before this library
+# had fast solvers. Fixed schedules must reach them, fitted ones a third of them.
 TARGETS = {8: 0.140, 12: 0.055, 18: 0.028, 35: 4.7e-3, 79: 2.9e-4}
 SCHEDULES = [(rho, low) for rho in (3., 7., 20., EXPONENTIAL) for low in (0.002, 0.01, 0.03, 0.1, 0.2)]
 
