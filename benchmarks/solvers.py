@@ -120,7 +120,7 @@ def network(starts: int, fit_starts: int, nfe: list[int], run: str | None) -> Pr
     test, fit = (seeded_noise(range(first, first + n), (1, 8, 8), torch.float64) for first, n in ((0, starts), (10**6, fit_starts)))
     def heun_1000(noise): return sample(denoise, noise, karras_sigmas(1000), heun)
     return Problem("network", denoise, test, heun_1000(test), fit, heun_1000(fit), 8, [k for k in nfe if k <= 35],
-                   ("dpmpp_3m", "exp_multistep(4)", "unipc(2)"), [s for s in SCHEDULES if s[0] in (7., EXPONENTIAL) and s[1] < 0.2], 32)
+                   ("dpmpp_3m", "unipc(2)"), [s for s in SCHEDULES if s[0] in (7., EXPONENTIAL) and s[1] < 0.2], 32)
 
 
 def distance(x: torch.Tensor, ends: torch.Tensor) -> float:
@@ -159,7 +159,7 @@ def ours_fixed(method: Method) -> Callable:
 def ours_fitted(method: Method, problem: Problem, budget: int) -> float:
     n = (budget - 1) // method.evaluations + 1
     sigmas = fit_sigmas(problem.denoise, problem.fit_noise, n, method.step, x0=problem.fit_ends,
-                        knots=problem.knots if n > 20 else min(40, 2 * problem.knots))
+                        knots=problem.knots if n > 20 or problem.knots < 16 else 40)
     counted = CountNFE(problem.denoise)
     error = distance(sample(counted, problem.noise, sigmas, method.step), problem.ends)
     assert counted.nfe <= budget
