@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_edm.core import CountNFE, seeded_noise
-from ddpm_edm.noise import karras_sigmas
-from ddpm_edm.oracle import Gaussian, Mixture
 from ddpm_edm import solvers
+from ddpm_edm.core import CountNFE, seeded_noise
+from ddpm_edm.langevin import geometric_sigmas
+from ddpm_edm.noise import karras_sigmas, vp_sigmas
+from ddpm_edm.oracle import Gaussian, Mixture
 from ddpm_edm.solvers import _Evaluate, euler, generate, heun, sample, second_order
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,6 +83,14 @@ def test_order_of_accuracy(mixtures):
 
 
 # --- closed forms
+
+@pytest.mark.parametrize("n", [5, 18, 40])
+@pytest.mark.parametrize("name, make", [
+    ("karras7", lambda n: karras_sigmas(n, 0.01, 80.)), ("karras3", lambda n: karras_sigmas(n, 0.01, 80., 3.)),
+    ("exponential", lambda n: geometric_sigmas(n, 0.01, 80.)), ("vp", vp_sigmas)])
+def test_schedules_match_k_diffusion(name, make, n):
+    torch.testing.assert_close(make(n), arrays("kdiff_sigmas.npz")[f"{name}.n{n}"], rtol=1e-12, atol=1e-12)    # float64 on both sides
+
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 2 / 3, 1.])
 def test_second_order_family(mixtures, alpha):
