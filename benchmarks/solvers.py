@@ -2,7 +2,7 @@
 
     python benchmarks/solvers.py                          both exact densities and the loop's overhead
     python benchmarks/solvers.py --parts g2 --nfe 8 12    one of them, at few evaluations
-    python benchmarks/solvers.py --parts network          trains a digits network first (minutes) ...
+    python benchmarks/solvers.py --parts network          trains a digits network first (both take a while) ...
     python benchmarks/solvers.py --parts network --run runs/digits    ... or takes a finished run
 
 Every sampler starts from the same noise * 80 and sees the same denoiser, which counts its evaluations. The figure is the
@@ -74,8 +74,8 @@ class Problem(NamedTuple):
     ends: torch.Tensor
     fit_noise: torch.Tensor   # starts to fit on
     fit_ends: torch.Tensor
-    knots: int                # freedom of fitted levels where there are many
     nfe: list[int]
+    fit: Callable = lambda n: dict(knots=40 if n <= 20 else 16)    # settings of fit_sigmas for n steps
     fits: tuple = ()          # names of the methods to fit; empty: all that say so
     schedules: list = SCHEDULES
     few: int = 512            # starts that choose among the schedules
@@ -92,7 +92,7 @@ def g2(starts: int, fit_starts: int, nfe: list[int]) -> Problem:
     denoise = Mixture(f64([[-2., 0.5], [1.5, 1.5], [0., -1.], [3., -2.], [-1., 2.5]]),
                       stds=f64([0.3, 0.25, 0.2, 0.4, 0.15]), weights=f64([0.3, 0.25, 0.2, 0.15, 0.1]))
     test, fit = (seeded_noise(range(first, first + n), (2,), torch.float64) for first, n in ((0, starts), (10**6, fit_starts)))
-    return Problem("g2", denoise, test, fine(denoise, test), fit, fine(denoise, fit), 16, nfe)
+    return Problem("g2", denoise, test, fine(denoise, test), fit, fine(denoise, fit), nfe)
 
 
 def g64(starts: int, fit_starts: int, nfe: list[int]) -> Problem:
@@ -104,7 +104,7 @@ def g64(starts: int, fit_starts: int, nfe: list[int]) -> Problem:
     stds = 10**(torch.rand(20, generator=g, dtype=torch.float64) * 1.2 - 1.7)    # 0.02 to 0.3
     denoise = Mixture(normal(20, 6) @ plane * 64**0.5 * 0.2, stds=stds, weights=weights / weights.sum())
     test, fit = (seeded_noise(range(first, first + n), (64,), torch.float64) for first, n in ((0, starts), (10**6, fit_starts)))
-    return Problem("g64", denoise, test, fine(denoise, test), fit, fine(denoise, fit), 16, nfe, few=128)
+    return Problem("g64", denoise, test, fine(denoise, test), fit, fine(denoise, fit), nfe, few=128)
 
 
 def network(starts: int, fit_starts: int, nfe: list[int], run: str | None) -> Problem:
@@ -119,7 +119,8 @@ def network(starts: int, fit_starts: int, nfe: list[int], run: str | None) -> Pr
         return net(x, sigma, labels=torch.arange(len(x)) % 10)
     test, fit = (seeded_noise(range(first, first + n), (1, 8, 8), torch.float64) for first, n in ((0, starts), (10**6, fit_starts)))
     def heun_1000(noise): return sample(denoise, noise, karras_sigmas(1000), heun)
-    return Problem("network", denoise, test, heun_1000(test), fit, heun_1000(fit), 8, [k for k in nfe if k <= 35],
+    def cheap(n): return dict(knots=8, rounds=8, starts=[karras_sigmas(n, 0.03, TOP, EXPONENTIAL)])
+    return Problem("network", denoise, test, heun_1000(test), fit, heun_1000(fit), [k for k in nfe if k <= 35], cheap,
                    ("dpmpp_3m", "unipc(2)"), [s for s in SCHEDULES if s[0] in (7., EXPONENTIAL) and s[1] < 0.2], 32)
 
 
@@ -158,8 +159,7 @@ def ours_fixed(method: Method) -> Callable:
 
 def ours_fitted(method: Method, problem: Problem, budget: int) -> float:
     n = (budget - 1) // method.evaluations + 1
-    sigmas = fit_sigmas(problem.denoise, problem.fit_noise, n, method.step, x0=problem.fit_ends,
-                        knots=problem.knots if n > 20 or problem.knots < 16 else 40)
+    sigmas = fit_sigmas(problem.denoise, problem.fit_noise, n, method.step, x0=problem.fit_ends, **problem.fit(n))
     counted = CountNFE(problem.denoise)
     error = distance(sample(counted, problem.noise, sigmas, method.step), problem.ends)
     assert counted.nfe <= budget
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("g2", "g64", "network", "overhead"), default=["g2", "g64", "overhead"])
     parser.add_argument("--nfe", type=int, nargs="+", default=list(TARGETS), help="numbers of evaluations")
     parser.add_argument("--starts", type=int, help="starts tested; default 4096 (g2), 1024 (g64), 128 (network)")
-    parser.add_argument("--fit-starts", type=int, help="starts fitted on; default 512 (g2), 128 (g64), 64 (network)")
+    parser.add_argument("--fit-starts", type=int, help="starts fitted on; default 512 (g2), 128 (g64), 48 (network)")
     parser.add_argument("--no-peers", action="store_true", help="leave the other packages out")
     parser.add_argument("--no-fits", action="store_true", help="fixed schedules only")
     parser.add_argument("--run", help="a finished run folder for the network; default: train one")
@@ -250,7 +250,7 @@ def main() -> None:
     if min(args.nfe) < 1: parser.error("--nfe must be at least 1")
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")    # the peers' own
-    builders = {"g2": (g2, 4096, 512), "g64": (g64, 1024, 128), "network": (network, 128, 64)}
+    builders = {"g2": (g2, 4096, 512), "g64": (g64, 1024, 128), "network": (network, 128, 48)}
     began = time.perf_counter()
     for part in args.parts:
         if part == "overhead":
