@@ -20,6 +20,7 @@ part where they are installed: pip install "ddpm_edm[bench]". Stochastic sampler
 """
 import argparse
 import math
+import sys
 import tempfile
 import time
 import warnings
@@ -190,7 +191,10 @@ def table(problem: Problem, with_peers: bool, with_fits: bool) -> dict[str, dict
     "Print a problem's table and return the best of each kind at each number of evaluations."
     rows = {}    # (kind, name): cells
 
-    def add(kind, name, values): rows[kind, name] = dict(zip(problem.nfe, values))
+    def add(kind, name, values):
+        rows[kind, name] = dict(zip(problem.nfe, values))
+        print(f"{problem.name}: {kind}, {name}", file=sys.stderr, flush=True)    # it takes a while: show where it is
+
     for method in OURS:
         add("fixed", method.name, [best(ours_fixed(method), method.evaluations, problem.schedules, problem, k) for k in problem.nfe])
     for order in (2, 3): add("adaptive", f"adaptive({order})", [ours_adaptive(order, problem, k) for k in problem.nfe])
