@@ -211,7 +211,15 @@ def _moments(predicts: str, sigma: float, sigma_next: float) -> tuple[float, flo
     w1 = end + sign * w0 / h
     return a, w0, w1, end + sign * 2 * w1 / h
 
-# %% ../nbs/08b_fast_solvers.ipynb #c36878aa
+# %% ../nbs/08b_fast_solvers.ipynb #0209d5a4
+def _published(predicts: str, x: Tensor, sigma: float, sigma_next: float, known: list[tuple[float, Tensor]], halve: bool, stretch: float = 1.) -> Tensor:
+    "x' with the published weights: w0 / 2 for w1 if `halve`, and always half of w2; `stretch` is by how much faster time runs for the answers."
+    a, w0, w1, w2 = _moments(predicts, sigma, sigma_next)
+    if halve: w1 = w0 / 2
+    h, nodes = math.log(sigma / sigma_next), [stretch * math.log(sigma / level) for level, _ in known]
+    moments = [w0, w1 * h, w2 / 2 * h**2 - w1 * h * nodes[1] if len(nodes) == 3 else 0.]    # of 1, s and s (s - nodes[1])
+    return _combine(a, x, _newton(nodes, moments), [f for _, f in known])
+
 def dpm_multistep(
     order: int = 2,             # answers used, 1 to 3
     predicts: str = "x0",       # "x0" for DPM-Solver++ (1M, 2M, 3M), "eps" for DPM-Solver
@@ -223,11 +231,7 @@ def dpm_multistep(
         D = denoise(x, sigma)
         carry = _remember(carry, sigma, _seen(predicts, D, x, sigma), order)
         if sigma_next == 0: return D, carry
-        a, w0, w1, w2 = _moments(predicts, sigma, sigma_next)
-        if order == 2: w1 = w0 / 2
-        h, nodes = math.log(sigma / sigma_next), [math.log(sigma / level) for level, _ in carry]
-        moments = [w0, w1 * h, w2 / 2 * h**2 - w1 * h * nodes[1] if len(nodes) == 3 else 0.]    # of 1, s and s (s - nodes[1])
-        return _combine(a, x, _newton(nodes, moments), [f for _, f in carry]), carry
+        return _published(predicts, x, sigma, sigma_next, carry, halve=order == 2), carry
     return step
 
 dpmpp_2m, dpmpp_3m = dpm_multistep(2), dpm_multistep(3)
@@ -396,52 +400,33 @@ def sde_split(
     log_rho = eta**2 * math.log(sigma_next / sigma)
     return sigma_next * math.exp(log_rho), sigma_next * (-math.expm1(2 * log_rho))**0.5
 
-# %% ../nbs/08c_stochastic_solvers.ipynb #529ace89
+# %% ../nbs/08c_stochastic_solvers.ipynb #fb61a984
+def _sde_multistep(length: int, halve: bool, eta: float, draw: Callable) -> Callable:
+    _check_eta(eta)
+    def step(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
+        D = denoise(x, sigma)
+        carry = _remember(carry, sigma, D, length)
+        if sigma_next == 0: return D, carry
+        down, up = sde_split(sigma, sigma_next, eta)
+        x_next = _published("x0", x, sigma, down, carry, halve, stretch=1 + eta**2)
+        return x_next + up * _fresh(draw, x, sigma, sigma_next) if up else x_next, carry
+    return step
+
 def dpmpp_2m_sde(
     eta: float = 1.,                    # strength of the noise, 0 the ODE
     solver_type: str = "midpoint",      # "heun" integrates the line through the last two D exactly, "midpoint" as DPM-Solver++(2M) does
     draw: Callable = white_noise,       # draw(x, sigma, sigma_next) -> unit noise like x
 ) -> Callable:                          # a step for `sample`
     "DPM-Solver++(2M) for the SDE (Lu et al. 2022); one evaluation. k-diffusion's eta is the square of this one."
-    _check_eta(eta)
     if solver_type not in ("midpoint", "heun"): raise ValueError(f'solver_type must be "midpoint" or "heun", got {solver_type!r}')
-    def step(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
-        D = denoise(x, sigma)
-        carry = _remember(carry, sigma, D, 2)
-        if sigma_next == 0: return D, carry
-        down, up = sde_split(sigma, sigma_next, eta)
-        x_next = D + down / sigma * (x - D)
-        if len(carry) == 2:
-            before, D_before = carry[1]
-            weight = (1 - down / sigma) / 2 if solver_type == "midpoint" else 1 - (1 - down / sigma) / math.log(sigma / down)
-            x_next = x_next + weight * math.log(sigma / sigma_next) / math.log(before / sigma) * (D - D_before)
-        return x_next + up * _fresh(draw, x, sigma, sigma_next) if up else x_next, carry
-    return step
+    return _sde_multistep(2, solver_type == "midpoint", eta, draw)
 
 def dpmpp_3m_sde(
     eta: float = 1.,                    # strength of the noise, 0 the ODE
     draw: Callable = white_noise,       # draw(x, sigma, sigma_next) -> unit noise like x
 ) -> Callable:                          # a step for `sample`
     "DPM-Solver++(3M) for the SDE as k-diffusion has it, where eta is the square of this one; one evaluation."
-    _check_eta(eta)
-    def step(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
-        D = denoise(x, sigma)
-        carry = _remember(carry, sigma, D, 3)
-        if sigma_next == 0: return D, carry
-        down, up = sde_split(sigma, sigma_next, eta)
-        x_next = D + down / sigma * (x - D)
-        if len(carry) > 1:
-            (levels, Ds), h, H = zip(*carry), math.log(sigma / sigma_next), math.log(sigma / down)
-            line = 1 - (1 - down / sigma) / H                   # weight of a line, (5); of a parabola it is 1 - 2 line / H
-            r = [math.log(high / low) / h for low, high in zip(levels, levels[1:])]
-            slope = (Ds[0] - Ds[1]) / r[0]
-            if len(carry) == 3:
-                bend = (slope - (Ds[1] - Ds[2]) / r[1]) / (r[0] + r[1])
-                slope = slope + r[0] * bend
-                x_next = x_next + (1 / 2 - line / H) * bend
-            x_next = x_next + line * slope
-        return x_next + up * _fresh(draw, x, sigma, sigma_next) if up else x_next, carry
-    return step
+    return _sde_multistep(3, False, eta, draw)
 
 # %% ../nbs/08c_stochastic_solvers.ipynb #f4a0cf2d
 def _join(first: Tensor, second: Tensor, sigma: float, middle: float, sigma_next: float, eta: float) -> Tensor:
