@@ -20,7 +20,7 @@ from ddpm_edm.solvers import (
 
 GOLDEN = np.load(Path(__file__).parent / "golden/mixtures.npz")
 G2 = Mixture(*(torch.from_numpy(GOLDEN[f"g2.{k}"]) for k in ("means", "stds", "weights")))
-BEST_OF_PEERS = {8: 0.140, 12: 0.055}    # on g2, measured: issue 5
+BEST_OF_PEERS = {8: 0.140, 12: 0.055}    # on g2; the goals of benchmarks/solvers.py
 
 
 def noise_of(first, n): return seeded_noise(range(first, first + n), (2,), torch.float64)
