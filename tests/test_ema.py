@@ -51,6 +51,12 @@ def test_ramp_is_a_power_law():
         assert kept == pytest.approx(part**(math.log(2) / 0.05), rel=2e-3)    # sum of 1/j against ln: 1/(2k) = 1e-4, times 14
 
 
+def test_beta_of_the_class_is_the_function():
+    for rampup in (None, 0.05):
+        ema = EMA(nn.Linear(1, 1), 300, rampup)
+        for seen in (20, 2000, 50_000): assert ema.beta(20, seen) == ema_beta(20, seen, 300, rampup)
+
+
 @pytest.mark.parametrize("rampup", [None, 0.05])
 def test_closed_form(rampup):
     net = nn.Linear(3, 2).double()
