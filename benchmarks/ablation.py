@@ -3,19 +3,24 @@
     python benchmarks/ablation.py                                             every row of nbs/09b_ablation.ipynb, three seeds each
     python benchmarks/ablation.py --images 160_000 --seeds 5 --samples 1000   where there is a GPU
 
-One network, one budget and one sampler (18 Heun steps from 80 to 0.02 and 0) for all rows; a row is a wrapper, a density of
-training noise and a weight. Each seed has its own first weights, images and noise, the same in every row. Printed: the mean over
-seeds and its standard error, of the share of samples that a classifier reads as asked, of the Frechet distance to all real digits
-(of pixels), of the distance to the nearest real digit over that among real ones, and of the squared error on digits that training
-did not see, in EDM's weight, at a few noise levels. `--as_json` gives every level and every seed.
+One budget and one sampler (18 Heun steps from 80 to 0.02 and 0) for all rows. A row is a wrapper, a density of training noise and
+a weight; A and B have another network, A other hyperparameters, F augmentation. Each seed has its own first weights, images and
+noise, the same in every row of one network and one batch size. Printed: the mean over seeds and its standard error, of the share
+of samples that a classifier reads as asked, of the Frechet distance to all real digits (of pixels), of the distance to the nearest
+real digit over that among real ones, and of the squared error on digits that training did not see, in EDM's weight, at a few noise
+levels. `--as_json` gives every level and every seed.
 """
 import json
+import math
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ddpm_edm.augment import Augment
 from ddpm_edm.cli import run_command
 from ddpm_edm.data import digits
 from ddpm_edm.ema import EMA
@@ -34,42 +39,72 @@ sd = data.stats().std
 def by_noise(sigma): return 1 / sigma**2                                               # VP and VE: error of the noise
 by_output = EDMLoss(sigma_data=sd).weight                                              # EDM: 1 / c_out^2
 WRAPPERS = {"VP": (VPPrecond, 1.), "VE": (VEPrecond, 4.), "EDM": (partial(EDMPrecond, sigma_data=sd), 16.)}
+DEEP = dict(channels=16, mults=(1, 2, 4), blocks=2)    # 8 x 8, 4 x 4, 2 x 2
+WIDE = dict(channels=32, mults=(1, 1))                 # 8 x 8, 4 x 4
+OURS = dict(batch=64, lr=4e-3, lr_end=0.02, warmup=0.05, betas=(0.9, 0.99), clip=math.inf, halflife=0.05)    # warm-up and half-life: shares of the run
+SONG = OURS | dict(batch=16, lr=8e-4, lr_end=1., warmup=0.004, betas=(0.9, 0.999), clip=1.)                   # theirs in the measure of this run
+GENTLE = Augment(scale=0.12, rotate=0.12, stretch=0.12, translate=0.12, scale_std=0.1, rotate_max=1 / 12, stretch_std=0.1, translate_std=0.06)
+
+
+class Row(NamedTuple):
+    "What a row trains, and how."
+    wrapper: str
+    noise: LogNormal | LogUniform | VPNoise
+    weight: Callable
+    network: dict = WIDE
+    training: dict = OURS
+    augment: Augment | None = None
+    told: bool = True    # whether the network hears of the augmentation
+
 ROWS = {
-    "C, VP": ("VP", VPNoise(), by_noise),               "C, VE": ("VE", LogUniform(), by_noise),
-    "D, VP": ("EDM", VPNoise(), by_noise),              "D, VE": ("EDM", LogUniform(), by_noise),
-    "D + weight, VP": ("EDM", VPNoise(), by_output),    "D + weight, VE": ("EDM", LogUniform(), by_output),
-    "D + density": ("EDM", LogNormal(), by_noise),
-    "E": ("EDM", LogNormal(), by_output),
-    "E, density moved": ("EDM", LogNormal(-0.6), by_output),
+    "A, VP": Row("VP", VPNoise(), by_noise, DEEP | dict(dropout=0.1), SONG | dict(halflife=0.1)),
+    "A, VE": Row("VE", LogUniform(), by_noise, DEEP | dict(dropout=0.1), SONG | dict(halflife=0.01)),
+    "B, VP": Row("VP", VPNoise(), by_noise, DEEP),           "B, VE": Row("VE", LogUniform(), by_noise, DEEP),
+    "C, VP": Row("VP", VPNoise(), by_noise),                 "C, VE": Row("VE", LogUniform(), by_noise),
+    "D, VP": Row("EDM", VPNoise(), by_noise),                "D, VE": Row("EDM", LogUniform(), by_noise),
+    "D + weight, VP": Row("EDM", VPNoise(), by_output),      "D + weight, VE": Row("EDM", LogUniform(), by_output),
+    "D + density": Row("EDM", LogNormal(), by_noise),
+    "E": Row("EDM", LogNormal(), by_output),
+    "E, density moved": Row("EDM", LogNormal(-0.6), by_output),
+    "F": Row("EDM", LogNormal(), by_output, augment=GENTLE),
+    "F, not told": Row("EDM", LogNormal(), by_output, augment=GENTLE, told=False),
 }
+
 shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
 seen, unseen = shuffled[:1500], shuffled[1500:]
 LEVELS = np.geomspace(0.02, 80, 13).tolist()
 
 
 def fresh(row, seed=0):
-    "The untrained denoiser of a row; the first weights depend on the seed alone."
+    "The untrained denoiser of a row; for networks of one shape the first weights depend on the seed alone."
     if row not in ROWS: raise ValueError(f"row must be one of {', '.join(map(repr, ROWS))}, got {row!r}")
-    wrapper, noise_scale = WRAPPERS[ROWS[row][0]]
+    r, (wrapper, noise_scale) = ROWS[row], WRAPPERS[ROWS[row].wrapper]
+    def network(augment_dim): return UNet(1, num_labels=10, noise_scale=noise_scale, augment_dim=augment_dim, **r.network)
     torch.manual_seed(seed)
-    return wrapper(UNet(1, 32, mults=(1, 1), num_labels=10, noise_scale=noise_scale)).to(device)
+    plain, net = network(0), network(r.augment.dim if r.augment and r.told else 0)
+    net.load_state_dict(plain.state_dict(), strict=False)    # told or not, the first weights are the same
+    if net.augment_dim: torch.nn.init.normal_(net.embed_augment.weight)    # so short a run can't start it at zero
+    return wrapper(net).to(device)
 
 
-def trained(row, seed=0, images=16_000, batch=64, lr=4e-3):
-    "Averaged weights after so many images; which images, and the unit noise on them, depend on the seed alone."
-    if images < batch: raise ValueError(f"images must be at least one batch, {batch}, got {images}")
-    model, (_, noise, weight) = fresh(row, seed), ROWS[row]
-    loss, ema = DenoisingLoss(noise, weight), EMA(model, images / 20, rampup=0.1)
-    opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
-    which, levels, noises = (torch.Generator().manual_seed(3 * seed + k) for k in range(3))
-    for start in range(0, images, batch):
-        x0, labels = data.batch(seen[torch.randint(len(seen), (batch,), generator=which)])
-        sigma, n = noise.sample(batch, levels).to(x0), torch.randn(x0.shape, generator=noises).to(x0)
-        for group in opt.param_groups: group["lr"] = learning_rate(start, images, lr, 0.02, images // 20)
-        loss(model, x0, sigma=sigma, n=n, labels=labels).mean().backward()
+def trained(row, seed=0, images=16_000, **changes):    # changes to the row's training, such as batch=192
+    "Averaged weights after so many images; which images, and the unit noise on them, depend on seed and batch alone."
+    model, r = fresh(row, seed), ROWS[row]
+    s = r.training | changes
+    if images < s["batch"]: raise ValueError(f"images must be at least one batch, {s['batch']}, got {images}")
+    loss, ema = DenoisingLoss(r.noise, r.weight), EMA(model, images * s["halflife"], rampup=0.1)
+    opt = torch.optim.Adam(model.parameters(), s["lr"], betas=s["betas"])
+    which, levels, noises, changed = (torch.Generator().manual_seed(4 * seed + k) for k in range(4))
+    for start in range(0, images, s["batch"]):
+        x0, labels = data.batch(seen[torch.randint(len(seen), (s["batch"],), generator=which)])
+        x0, told = r.augment(x0, r.augment.draw(len(x0), changed)) if r.augment else (x0, None)
+        sigma, n = r.noise.sample(len(x0), levels).to(x0), torch.randn(x0.shape, generator=noises).to(x0)
+        for group in opt.param_groups: group["lr"] = learning_rate(start, images, s["lr"], s["lr_end"], images * s["warmup"])
+        loss(model, x0, sigma=sigma, n=n, labels=labels, **dict(augment=told) if r.augment and r.told else {}).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"])
         opt.step()
         opt.zero_grad()
-        ema.update(model, batch, start + batch)
+        ema.update(model, s["batch"], start + s["batch"])
     return ema.model
 
 

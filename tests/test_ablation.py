@@ -19,7 +19,7 @@ from ddpm_edm.precond import EDMLoss, VELoss, VPLoss
 PAGE, COMMAND = ROOT / "nbs/09b_ablation.ipynb", ROOT / "benchmarks/ablation.py"
 CELLS = [c for c in json.loads(PAGE.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code" and "%pip" not in "".join(c["source"])]
 SLOW = [c for c in CELLS if c["source"][0].startswith("#| slow")]
-SHARED = ("device", "data", "sd", "by_noise", "by_output", "WRAPPERS", "ROWS", "shuffled", "fresh", "trained", "LEVELS", "errors", "drawn")
+SHARED = ("device", "data", "sd", "by_noise", "by_output", "WRAPPERS", "DEEP", "WIDE", "OURS", "SONG", "GENTLE", "Row", "ROWS", "shuffled", "fresh", "trained", "LEVELS", "errors", "drawn")
 torch.set_num_threads(1)
 
 
@@ -41,7 +41,7 @@ def page() -> dict:
     body = [n for n in PAGE_BODY if isinstance(n, (ast.Import, ast.ImportFrom))]
     first = {}
     for node in PAGE_BODY:
-        if isinstance(node, (ast.FunctionDef, ast.Assign)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign)):
             for name in names(node) & wanted: first.setdefault(name, node)    # loops reuse short names later on
     body += sorted(set(first.values()), key=PAGE_BODY.index)
     space = {}
@@ -84,7 +84,8 @@ def test_slow_results_are_kept_and_say_where_they_are_from():
     printed = "".join(t for c in SLOW for o in c["outputs"] if o["output_type"] == "stream" for t in o["text"])
     figures = [o for c in SLOW for o in c["outputs"] if "image/png" in o.get("data", {})]
     assert "images on " in printed and "cores" in printed and len(figures) >= 3
-    for row in ("C, VP", "C, VE", "D, VP", "D, VE", "D + weight, VP", "D + weight, VE", "D + density", "E, density moved"): assert row in printed
+    for row in ("A, VP", "A, VE", "B, VP", "B, VE", "C, VP", "C, VE", "D, VP", "D, VE", "D + weight, VP", "D + weight, VE", "D + density",
+                "E, density moved", "F", "F, not told"): assert f"{row:>17} " in printed
 
 
 def test_same_measures(page, command):
@@ -96,31 +97,57 @@ def test_same_measures(page, command):
 # --- the rows
 
 def differing(page, a, b):
-    "Which of wrapper, density and weight differ."
-    sigma = torch.logspace(-2, 2, 9)
-    (wrapper_a, noise_a, weight_a), (wrapper_b, noise_b, weight_b) = page["ROWS"][a], page["ROWS"][b]
-    return [wrapper_a != wrapper_b, noise_a != noise_b, not torch.allclose(weight_a(sigma), weight_b(sigma))]
+    "Which of wrapper, density, weight, network, training, augmentation and being told differ."
+    sigma, a, b = torch.logspace(-2, 2, 9), page["ROWS"][a], page["ROWS"][b]
+    return [a.wrapper != b.wrapper, a.noise != b.noise, not torch.allclose(a.weight(sigma), b.weight(sigma)), *(x != y for x, y in zip(a[3:], b[3:]))]
 
 
 @pytest.mark.parametrize("a, b, change", [
-    ("C, VP", "D, VP", [1, 0, 0]), ("C, VE", "D, VE", [1, 0, 0]), ("D, VP", "D, VE", [0, 1, 0]),
-    ("D, VP", "D + weight, VP", [0, 0, 1]), ("D, VE", "D + weight, VE", [0, 0, 1]),
-    ("D, VP", "D + density", [0, 1, 0]), ("D, VE", "D + density", [0, 1, 0]),
-    ("D + weight, VP", "E", [0, 1, 0]), ("D + weight, VE", "E", [0, 1, 0]), ("D + density", "E", [0, 0, 1]),
-    ("E", "E, density moved", [0, 1, 0]),
+    ("B, VP", "C, VP", [3]), ("B, VE", "C, VE", [3]), ("A, VP", "A, VE", [0, 1, 4]), ("B, VP", "B, VE", [0, 1]),
+    ("A, VP", "B, VP", [3, 4]), ("A, VE", "B, VE", [3, 4]),                        # dropout is a setting of the network
+    ("C, VP", "D, VP", [0]), ("C, VE", "D, VE", [0]), ("D, VP", "D, VE", [1]),
+    ("D, VP", "D + weight, VP", [2]), ("D, VE", "D + weight, VE", [2]),
+    ("D, VP", "D + density", [1]), ("D, VE", "D + density", [1]),
+    ("D + weight, VP", "E", [1]), ("D + weight, VE", "E", [1]), ("D + density", "E", [2]),
+    ("E", "E, density moved", [1]), ("E", "F, not told", [5, 6]), ("F, not told", "F", [6]),
 ])
-def test_one_change_at_a_time(page, a, b, change): assert differing(page, a, b) == change
+def test_one_change_at_a_time(page, a, b, change): assert [i for i, differs in enumerate(differing(page, a, b)) if differs] == change
+
+
+def test_what_a_and_b_change(page):
+    rows = page["ROWS"]
+    for column, halflife in (("VP", 0.1), ("VE", 0.01)):
+        a, b, c = (rows[f"{letter}, {column}"] for letter in "ABC")
+        assert a.network == b.network | dict(dropout=0.1) and c.network == page["WIDE"] and b.training == c.training == page["OURS"]
+        assert a.training == page["SONG"] | dict(halflife=halflife)
+        # theirs over EDM's: 128 of 512 images, 2e-4 of 1e-3, half-lives as shares of 1.3 million steps and of 200 million images
+        assert a.training["batch"] / b.training["batch"] == 128 / 512 and a.training["lr"] / b.training["lr"] == pytest.approx(2e-4 / 1e-3)
+        theirs = math.log(0.5) / math.log(0.9999 if column == "VP" else 0.999) / 1.3e6
+        assert a.training["halflife"] / b.training["halflife"] == pytest.approx(theirs / (0.5 / 200), rel=0.1)
+        assert a.training["warmup"] == pytest.approx(5000 / 1.3e6, rel=0.05) and b.training["warmup"] == 10 / 200
+    assert rows["A, VP"].training["clip"] == 1 and rows["B, VP"].training["clip"] == math.inf
+
+
+def test_digits_are_changed_gently(page):
+    "A digit stays what it was: the judge reads nearly all changed digits, and most are not changed at all."
+    pipe, (x0, labels) = page["GENTLE"], page["data"].batch(slice(None))
+    x, told = pipe(x0, pipe.draw(len(x0), torch.Generator().manual_seed(0)))
+    changed = (told != 0).any(1)
+    assert changed.double().mean().item() == pytest.approx(1 - 0.88**4, abs=5 * 0.5 / len(x0)**0.5)     # five standard errors
+    assert torch.equal(x[~changed], x0[~changed])
+    read = page["judge"].predict((x.flatten(1).double().numpy() + 1) * 8)
+    assert (read == labels.numpy()).mean() > 0.95
 
 
 def test_ends_are_the_papers_losses(page):
     sigma = torch.logspace(-2, 2, 9)
     for row, loss in (("C, VP", VPLoss()), ("C, VE", VELoss()), ("E", EDMLoss(sigma_data=page["sd"]))):
-        wrapper, noise, weight = page["ROWS"][row]
+        wrapper, noise, weight = page["ROWS"][row][:3]
         assert noise == loss.noise and torch.allclose(weight(sigma), loss.weight(sigma))
-    assert page["ROWS"]["E"][1] == LogNormal(-1.2, 1.2) and page["ROWS"]["E, density moved"][1] == LogNormal(-0.6, 1.2)
-    assert [page["ROWS"][row][0] for row in ("C, VP", "C, VE", "E")] == ["VP", "VE", "EDM"]
+    assert page["ROWS"]["E"].noise == LogNormal(-1.2, 1.2) and page["ROWS"]["E, density moved"].noise == LogNormal(-0.6, 1.2)
+    assert [page["ROWS"][row].wrapper for row in ("C, VP", "C, VE", "E")] == ["VP", "VE", "EDM"]
     c_out = page["fresh"]("E").coefs(sigma)[1]
-    assert torch.allclose(page["ROWS"]["E"][2](sigma) * c_out**2, torch.ones(9))     # each output error counts once
+    assert torch.allclose(page["ROWS"]["E"].weight(sigma) * c_out**2, torch.ones(9))     # each output error counts once
 
 
 def test_each_network_hears_its_number_at_the_same_resolution(page):
@@ -155,7 +182,39 @@ def test_rows_see_the_same(page, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one[:3], two[:3])) and not torch.equal(one[3], two[3])
     assert not any(torch.equal(a, b) for a, b in zip(two, other))
     assert len(one[0]) == 128 and abs(one[1].std().item() - 1) < 5 / (2 * 128 * 64)**0.5     # five standard errors
-    for p, q in zip(page["fresh"]("C, VP", 3).parameters(), page["fresh"]("E", 3).parameters(), strict=True): assert torch.equal(p, q)
+    for a, b in (("C, VP", "E"), ("E", "F, not told"), ("A, VP", "B, VE")):
+        for p, q in zip(page["fresh"](a, 3).parameters(), page["fresh"](b, 3).parameters(), strict=True): assert torch.equal(p, q)
+    told, plain = page["fresh"]("F", 3).state_dict(), page["fresh"]("E", 3).state_dict()
+    assert told.keys() - plain.keys() == {"net.embed_augment.weight"} and all(torch.equal(v, told[k]) for k, v in plain.items())
+
+
+def test_training_follows_the_row(page, monkeypatch):
+    "Batch, rates, clipping and augmentation reach the training; changes given by the caller win."
+    calls, rates, loss, clip = [], [], page["DenoisingLoss"], torch.nn.utils.clip_grad_norm_
+    def record(noise, weight):
+        made = loss(noise, weight)
+        def call(model, x0, **cond):
+            calls.append((x0, cond))
+            return made(model, x0, **cond)
+        return call
+    def clipped(parameters, limit):
+        rates.append(limit)
+        return clip(parameters, limit)
+    monkeypatch.setitem(page, "DenoisingLoss", record)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    page["trained"]("A, VP", images=48)
+    assert [len(x0) for x0, _ in calls] == [16] * 3 and rates == [1.] * 3
+    calls.clear()
+    for row in ("E", "F", "F, not told"): page["trained"](row, images=64)
+    (plain, a), (changed, b), (again, c) = calls
+    assert torch.equal(changed, again) and not torch.equal(plain, changed)
+    assert a.keys() == c.keys() == {"sigma", "n", "labels"} and b.keys() == a.keys() | {"augment"}
+    assert b["augment"].shape == (64, page["GENTLE"].dim) and torch.equal(a["n"], b["n"]) and torch.equal(a["sigma"], b["sigma"])
+    kept = (b["augment"] == 0).all(1)
+    assert torch.equal(plain[kept], changed[kept]) and 0.2 < kept.double().mean() < 0.9
+    calls.clear()
+    page["trained"]("E", images=64, batch=32)
+    assert [len(x0) for x0, _ in calls] == [32] * 2
 
 
 def test_unseen_digits_are_not_trained_on(page):
@@ -206,7 +265,7 @@ def test_astray(page):
 # --- misuse and the command itself
 
 def test_bad_input(page, command):
-    with pytest.raises(ValueError, match="row must be one of 'C, VP', .*, got 'F'"): page["trained"]("F")
+    with pytest.raises(ValueError, match="row must be one of 'A, VP', .*, got 'G'"): page["trained"]("G")
     with pytest.raises(ValueError, match="images must be at least one batch, 64, got 63"): page["trained"]("E", images=63)
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"): command.ablation(seeds=0)
     for bad in (10, 25, -20):
@@ -228,7 +287,7 @@ def test_command():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["images"] == 64 and result["seeds"] == 1 and len(result["levels"]) == 13 and result["device"]
-    assert list(result["rows"])[0] == "C, VP" and len(result["rows"]) == 9
+    assert list(result["rows"])[0] == "A, VP" and len(result["rows"]) == 15
     for (run,) in result["rows"].values():
         assert 0 <= run["accuracy"] <= 1 and run["frechet"] > 0 and run["nearest"] > 0
         assert len(run["errors"]) == 13 and all(0 < v < math.inf for v in run["errors"])
