@@ -7,8 +7,9 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/cli.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'SOLVERS', 'run_command', 'default_mults', 'train_images', 'sample_images', 'train_main', 'sample_main']
 
-# %% ../nbs/23_cli.ipynb #2ccb6629
+# %% ../nbs/23_cli.ipynb #7d669b61
 import math
+import os
 import shlex
 import sys
 import warnings
@@ -21,11 +22,12 @@ import torch
 from fastcore.script import anno_parser
 from tqdm.auto import tqdm
 
+from .augment import Augment
 from .core import Denoiser, image_grid
 from .data import SUFFIXES, load_data
 from .noise import LogNormal, karras_sigmas
 from .precond import EDMPrecond
-from .solvers import euler, generate, heun
+from .solvers import deis, dpmpp_2m, dpmpp_3m, euler, generate, heun, unipc
 from .train import load, replacing, train
 from .unet import UNet
 
@@ -85,8 +87,12 @@ def _attention(height: int, width: int) -> list[int]:
     "Levels with self-attention: below full size, and at most 16 x 16 positions."
     return [level for level in range(1, len(default_mults(height, width))) if height * width // 4**level <= 256]
 
-# %% ../nbs/23_cli.ipynb #5f58f345
+# %% ../nbs/23_cli.ipynb #2794d204
 DEFAULT = {name: p.default for f in (UNet, train) for name, p in signature(f).parameters.items()}
+
+def _first() -> bool:
+    "Whether this is the one process, or the first of several that were launched: who speaks."
+    return os.environ.get("RANK", "0") == "0"
 
 def train_images(
     data: str = "digits",                               # digits, mnist, fashion_mnist, cifar10, or a folder of pictures
@@ -103,7 +109,11 @@ def train_images(
     p_mean: float = DEFAULT["noise"].P_mean,            # mean of ln sigma in training; EDM's for photographs is -1.2
     p_std: float = DEFAULT["noise"].P_std,              # standard deviation of ln sigma in training
     seed: int = DEFAULT["seed"],                        # of everything random
-    precision: str = DEFAULT["precision"],              # fp32 or bf16
+    augment: float = 0.,                                # probability of EDM's non-leaky changes, such as 0.12; 0 for none
+    precision: str = DEFAULT["precision"],              # fp32, bf16, fp16, or auto for the fastest here
+    accumulate: int = DEFAULT["accumulate"],            # parts in which a batch is computed, to save memory
+    compile: bool = False,                              # let torch.compile fuse the network; takes minutes first
+    log_with: str = None,                               # tracker besides metrics.jsonl, such as tensorboard or wandb
     strict: bool = False,                               # refuse a folder with damaged pictures instead of skipping them
     unconditional: bool = False,                        # ignore labels
     resume: bool = False,                               # go on exactly with the run in --out, if there is one
@@ -112,16 +122,17 @@ def train_images(
     "Train EDM on images into a run folder: averaged model, state to resume, log, pictures of samples."
     if not 0 <= seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
     d = load_data(data, size, strict)
-    out = out or f"runs/{d.name}"
+    out, pipe = out or f"runs/{d.name}", Augment.edm(augment) if augment else None
     with torch.random.fork_rng(devices=[]):    # the caller's random numbers stay as they were
         torch.manual_seed(seed)
         net = UNet(d.shape[0], channels, default_mults(*d.shape[1:]), blocks, _attention(*d.shape[1:]),
-                   num_labels=0 if unconditional else d.num_labels, dropout=dropout)
+                   num_labels=0 if unconditional else d.num_labels, dropout=dropout, augment_dim=pipe.dim if pipe else 0)
     denoiser = EDMPrecond(net, sigma_data=round(d.stats().std, 3))
-    print(f"{d}; sigma_data {denoiser.sigma_data}, {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
+    if _first(): print(f"{d}; sigma_data {denoiser.sigma_data}, {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
     train(denoiser, d, out, images=images, batch=batch, lr=lr, ema_halflife=ema_halflife, label_dropout=label_dropout,
-          noise=LogNormal(p_mean, p_std), seed=seed, precision=precision, resume=resume, progress=not quiet)
-    print(f"wrote {out}: model.safetensors, metrics.jsonl, loss.png, samples\nnext: ddpm-edm-sample {shlex.quote(out)}")
+          noise=LogNormal(p_mean, p_std), seed=seed, augment=pipe, precision=precision, accumulate=accumulate,
+          compile=compile, log_with=log_with, resume=resume, progress=not quiet)
+    if _first(): print(f"wrote {out}: model.safetensors, metrics.jsonl, loss.png, samples\nnext: ddpm-edm-sample {shlex.quote(out)}")
 
 # %% ../nbs/23_cli.ipynb #d3d2a551
 def _parse_labels(text: str | None, classes: list[str]) -> list[int]:
@@ -136,8 +147,8 @@ def _parse_labels(text: str | None, classes: list[str]) -> list[int]:
         raise ValueError(f"labels must be from 0 to {len(classes) - 1} or among {names}, got {unknown[0]!r} in {str(text)!r}")
     return [known[word] for word in words]
 
-# %% ../nbs/23_cli.ipynb #c0eb7ce0
-SOLVERS = {"euler": euler, "heun": heun}
+# %% ../nbs/23_cli.ipynb #daeead65
+SOLVERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "deis": deis(3), "unipc": unipc(3)}
 
 @contextmanager
 def _counted(denoise: Denoiser, total: int, show: bool) -> Iterator[Denoiser]:
@@ -166,7 +177,7 @@ def _label_rows(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     tiles[filled] = x
     return tiles.flatten(0, 1)
 
-# %% ../nbs/23_cli.ipynb #4e92a269
+# %% ../nbs/23_cli.ipynb #33fabfe9
 def sample_images(
     run: str,                      # run folder, or a safetensors file
     n: int = None,                 # how many pictures; default: 8 for each label, 64 without labels
@@ -174,7 +185,7 @@ def sample_images(
     steps: int = 18,               # noise levels; Heun evaluates the network twice a step, less one
     seed: int = 0,                 # picture i depends on seed + i, its label and the schedule alone
     out: str = "samples.png",      # picture to write
-    solver: str = "heun",          # heun or euler
+    solver: str = "heun",          # heun, euler, dpmpp_2m, dpmpp_3m, deis or unipc
     sigma_min: float = 0.002,      # last noise level above zero
     sigma_max: float = 80.,        # first noise level
     rho: float = 7.,               # larger spends more steps at low noise
@@ -200,11 +211,23 @@ def sample_images(
 
     evaluations = 2 * steps - 1 if solver == "heun" else steps
     with _counted(denoiser, evaluations * math.ceil(n / batch), not quiet) as counted:
-        x = generate(counted, range(seed, seed + n), shape, sigmas, SOLVERS[solver], labels=each, batch=batch, device=device)
+        x = _shared(counted, range(seed, seed + n), shape, sigmas, SOLVERS[solver], labels=each, batch=batch, device=device)
+    if x is None: return    # another process writes
     grid = image_grid(x, scale=scale) if rows == 1 else image_grid(_label_rows(x, counts), int(counts.max()), scale)
     with replacing(out) as f: grid.save(f)
     print(f"wrote {out}: {n} picture{'s' * (n > 1)} by {steps} {solver} steps, {evaluations} evaluations of the network each")
     print(f"next, others: ddpm-edm-sample {shlex.quote(str(run))} --seed {seed + n} --out more.png")
+
+def _shared(denoise: Denoiser, seeds: range, *how, labels: torch.Tensor | None, **more) -> torch.Tensor | None:
+    "`generate`; where several processes were launched each makes its share, and the first has all of them (the others None)."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return generate(denoise, seeds, *how, labels=labels, **more)
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    state = PartialState()
+    mine = range(len(seeds))[state.process_index::state.num_processes]
+    x = generate(denoise, [seeds[i] for i in mine], *how, labels=None if labels is None else labels[mine], **more) if mine else None
+    parts = dict(part for part in gather_object([(i, x[k]) for k, i in enumerate(mine)]))
+    return torch.stack([parts[i] for i in range(len(seeds))]) if state.is_main_process else None
 
 def _class_names(denoiser: EDMPrecond) -> list[str]:
     count = denoiser.net.num_labels

@@ -218,7 +218,7 @@ def _xavier(net: nn.Module) -> None:
             nn.init.xavier_uniform_(m.weight, gain=0.2**0.5 if name.endswith("qkv") else 1.)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/10_unet.ipynb #57656861
+# %% ../nbs/10_unet.ipynb #5b9ac97b
 class UNet(nn.Module):
     "U-Net F(x, c_noise, labels, augment); its settings give DDPM++, NCSN++ and ADM (Karras et al. 2022, Table 7)."
     def __init__(
@@ -279,7 +279,7 @@ class UNet(nn.Module):
         shrunk = [in_channels, *widths[:-1]] if image_skip else []
         self.image_skip = nn.ModuleList([shrink(c_in, c_out, taps) for c_in, c_out in zip(shrunk, shrunk[1:])])
         self.head = nn.Sequential(norm(widths[0], eps), nn.SiLU(), conv(widths[0], out_channels or in_channels, zero=True))
-        if augment_dim: nn.init.zeros_(self.embed_augment.weight)
+        if augment_dim and init == "xavier": nn.init.zeros_(self.embed_augment.weight)
         if init == "xavier": _xavier(self)
 
     def condition(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None = None) -> Tensor:

@@ -105,7 +105,7 @@ def test_program_errors_are_one_line(name, words, code, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
     "Ctrl-C saves, says how to go on, exits 130; with --resume the model is bit for bit that of an unbroken run."
-    words = "--images 2560 --channels 32 --lr 2e-3 --ema-halflife 200 --out"
+    words = "--precision fp32 --images 2560 --channels 32 --lr 2e-3 --ema-halflife 200 --out"
     program = Path(sys.executable).parent / TRAIN
     if not program.exists(): pytest.skip(f"{TRAIN} is not installed")
     p = subprocess.Popen([program, *shlex.split(f"{words} broken")], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENV)
@@ -324,7 +324,7 @@ def errors(name, words, capsys):
     ("--blocks 0", "blocks"), ("--dropout 2", "dropout"), ("--dropout -1", "dropout"),
     ("--ema-halflife 0", "ema_halflife"), ("--label-dropout 1.5", "label_dropout"), ("--p-std -1", "P_std"), ("--p-mean nan", "P_mean"),
     ("--seed -1", "seed must be from 0"), ("--seed 99999999999999999999999", "seed must be from 0"),
-    ("--precision fp8", "'fp32' or 'bf16', got 'fp8'"),
+    ("--precision fp8", "fp32, bf16, fp16, got 'fp8'"),
     ("--out file.txt", "file.txt exists"), ("--out file.txt/run", "file.txt"), ("--out pictures", "holds no run"),
 ])
 def test_training_mistakes(words, message, capsys):
@@ -369,7 +369,7 @@ def test_full_disk(monkeypatch, run, capsys):
     ("run --n 0", "n must be"), ("run --n -3", "n must be"), ("run --steps 0", "steps must be"), ("run --batch 0", "batch must be"),
     ("run --scale 0", "scale must be"), ("run --rho 0", "rho must be"), ("run --seed -1", "seeds must be"), ("run --seed 4294967296", "seeds must be"),
     ("run --sigma-min 5 --sigma-max 5", "sigma_min < sigma_max"), ("run --sigma-min 0", "sigma_min"), ("run --sigma-max inf", "sigma_max"),
-    ("run --solver rk4", "euler, heun, got 'rk4'"), ("run --device gpu", "'gpu' can't be used"), ("run --device meta", "'meta' can't be used"),
+    ("run --solver rk4", "unipc, got 'rk4'"), ("run --device gpu", "'gpu' can't be used"), ("run --device meta", "'meta' can't be used"),
     ("run --out samples.xyz", "got 'samples.xyz'"), ("run --out samples", "got 'samples'"), ("run --out text.safetensors/s.png", "text.safetensors"),
     ("bare.safetensors", "does not say how large"),
 ])
@@ -423,7 +423,7 @@ def test_rows_are_one_label_each(run, monkeypatch, words, counts):
         assert row[k:] == [255] * (max(counts) - k)
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler"])
+@pytest.mark.parametrize("solver", ["heun", "euler", "dpmpp_2m", "unipc"])
 def test_same_pictures_from_same_seeds(run, solver):
     "A picture depends on its seed, label and schedule, not on batch or number."
     base = f"run --labels 3 --steps 4 --solver {solver} --scale 1 --quiet"

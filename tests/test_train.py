@@ -41,7 +41,7 @@ def some_data(channels=1, labels=2):
     images = torch.randint(256, (50, channels, 4, 4), generator=g, dtype=torch.uint8)
     return ImageData(images, torch.arange(50) % labels if labels else None)
 
-SMALL = dict(images=160, batch=16, lr=1e-3, warmup=30, ema_halflife=40,
+SMALL = dict(precision="fp32", images=160, batch=16, lr=1e-3, warmup=30, ema_halflife=40,
              log_every=60, save_every=50, sample_every=110, progress=False)
 
 def run_in(out, net=None, data=None, **changes):
@@ -333,7 +333,7 @@ run_in(sys.argv[1])""", tmp_path / "run")
 # --- NaN
 
 def test_rate_too_high(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step 2 \(32 images\).*lr=1e\+30.*keeps the last good model"):
+    with pytest.raises(FloatingPointError, match=r"3 of the 4 steps from step 1 .*loss is (nan|inf) at step 2 .*lr=1e\+30.*keeps the last good model"):
         run_in(tmp_path / "run", lr=1e30)
     assert all(p.isfinite().all() for p in load(tmp_path / "run").parameters())
     assert read_log(tmp_path / "run") == []
@@ -361,10 +361,11 @@ def test_nan_is_not_saved_on_ctrl_c(tmp_path, monkeypatch):
     step = Trainer.step
     def poisoned(self):
         step(self)
-        if self.seen == 32: self.losses[0] = self.losses[0] * math.nan
-        if self.seen == 48: signal.raise_signal(signal.SIGINT)
+        if self.seen == 48:
+            next(self.denoiser.parameters()).data[0] = math.nan
+            signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"nan at step 1 \(16 images\)"): run_in(tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"not finite after step 3 \(48 images\)"): run_in(tmp_path / "run")
 
 
 # --- damaged and foreign files
@@ -395,6 +396,7 @@ DAMAGES = {
     "config not JSON": lambda raw: damage_config(raw, lambda c: "{"),
     "config a list": lambda raw: damage_config(raw, lambda c: "[]"),
     "deep JSON": lambda raw: damage_config(raw, lambda c: "[" * 10**5),
+    "unknown network": lambda raw: damage_config(raw, lambda c: json.dumps(c | {"network": "Surprise"})),
     "no net": lambda raw: damage_config(raw, lambda c: json.dumps({"sigma_data": 0.5})),
     "no sigma_data": lambda raw: damage_config(raw, lambda c: json.dumps({"net": c["net"]})),
     "sigma_data NaN": lambda raw: damage_config(raw, lambda c: json.dumps(c | {"sigma_data": math.nan})),
@@ -513,7 +515,7 @@ def test_not_by_accident(unbroken, tmp_path):
 
 BAD = [dict(batch=64.5), dict(batch="16"), dict(images=0), dict(images=-5), dict(images=math.nan), dict(images=math.inf), dict(images=None),
        dict(lr=0), dict(lr=-1e-3), dict(lr=math.nan), dict(lr=math.inf), dict(lr="fast"), dict(lr_end=1.5), dict(lr_end=-0.1), dict(warmup=-1),
-       dict(ema_halflife=0), dict(label_dropout=1.01), dict(label_dropout=math.nan), dict(seed=-1), dict(seed=0.5), dict(precision="fp16"),
+       dict(ema_halflife=0), dict(label_dropout=1.01), dict(label_dropout=math.nan), dict(seed=-1), dict(seed=0.5), dict(precision="fp8"),
        dict(log_every=0), dict(save_every=0.5), dict(sample_every=None)]
 
 
@@ -542,7 +544,7 @@ def test_network_and_data_must_fit(tmp_path, net, data, says):
 
 def test_only_what_load_can_build(tmp_path):
     class Other(EDMPrecond): pass
-    with pytest.raises(ValueError, match="an EDMPrecond around a UNet.*got Other"): run_in(tmp_path / "run", net=Other(tiny().net))
+    with pytest.raises(ValueError, match="an EDMPrecond around one of UNet.*got Other"): run_in(tmp_path / "run", net=Other(tiny().net))
     with pytest.raises(ValueError, match="got UNet"): run_in(tmp_path / "run", net=tiny().net)
 
 
@@ -604,8 +606,256 @@ def test_epochs_and_seeds_have_their_own_orders():
 
 def test_draws_of_a_step_depend_on_seed_and_step_alone():
     data, make = some_data(), lambda seed: Settings(1000, 16, 1e-3, 0, 0, 10, 0.5, LogNormal(), seed, "fp32")
-    def draws(seed, seen): return torch.cat([torch.as_tensor(t).flatten().double() for t in module._draw(make(seed), data, seen)])
+    def draws(seed, seen):
+        drawn, dropout_seed = module._draw(make(seed), data, seen)
+        return torch.cat([t.flatten().double() for t in (*drawn, torch.tensor(dropout_seed))])
     reference = draws(0, 32)
     draws(0, 48), torch.manual_seed(5)
     assert torch.equal(draws(0, 32), reference)
     assert not any(torch.equal(draws(*key), reference) for key in [(0, 48), (1, 32), (2**32, 32)])
+
+
+# --- how a step is computed
+
+def trained_steps(steps=4, net=None, settings={}, **how):
+    "A trainer after some steps of 16 images."
+    values = dict(images=1000, batch=16, lr=1e-3, lr_end=0.1, warmup=0, ema_halflife=40, label_dropout=0.1, noise=LogNormal(), seed=0, precision="fp32")
+    trainer = Trainer(net or tiny_without_dropout(), some_data(), Settings(**values | settings), **how)
+    for _ in range(steps): trainer.step()
+    return trainer
+
+
+def tiny_without_dropout():
+    net = tiny()
+    for part in net.modules():
+        if isinstance(part, torch.nn.Dropout): part.p = 0.
+    return net
+
+
+def weights_of(trainer): return torch.cat([p.detach().flatten() for p in trainer.denoiser.parameters()])
+
+
+@pytest.mark.parametrize("how", [dict(accumulate=4), dict(settings=dict(channels_last=True)), dict(compile=True)], ids=str)
+def test_ways_of_computing_agree(how, monkeypatch):
+    if "compile" in how: monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend="eager"))    # no C++ compiler needed
+    one, other = trained_steps(), trained_steps(**how)
+    # gradients agree to float32 rounding; Adam divides small ones by themselves, so a weight may differ by a small share of lr
+    moved = (weights_of(one) - weights_of(trained_steps(steps=0))).abs().max()
+    assert moved > 2e-3 and (weights_of(one) - weights_of(other)).abs().max() < 0.02 * moved
+    torch.testing.assert_close(torch.stack(one.losses), torch.stack(other.losses), rtol=1e-4, atol=0)
+    torch.testing.assert_close(one.by_sigma, other.by_sigma, rtol=1e-3, atol=1e-4)
+
+
+compile_ = torch.compile
+
+
+def test_parts_must_divide_the_batch():
+    with pytest.raises(ValueError, match="batch must be a multiple of 1 processes x 3 parts, got 16"): trained_steps(0, accumulate=3)
+
+
+def test_state_of_channels_last_goes_on_exactly(tmp_path):
+    how = dict(settings=dict(channels_last=True))
+    whole, half, other = trained_steps(4, **how), trained_steps(2, **how), trained_steps(0, **how)
+    module._restore(other, {k: v.clone() for k, v in module._state(half).items()})
+    for _ in range(2): other.step()
+    assert all(torch.equal(v, module._state(other)[k]) for k, v in module._state(whole).items())
+    save_denoiser(whole.ema.model, tmp_path / "model.safetensors")    # safetensors keeps no strides
+
+
+def test_clip_bounds_the_step():
+    "Long gradients are shortened to the given length; Adam hides that from its first step, so look at its moments."
+    def gradient(clip): return torch.cat([m["exp_avg"].flatten() for m in trained_steps(1, settings=dict(clip=clip)).opt.state.values()]) / 0.1
+    free, clipped = gradient(None), gradient(0.01)
+    assert free.norm() > 0.1
+    torch.testing.assert_close(clipped.norm().item(), 0.01, rtol=1e-4, atol=0)    # torch adds 1e-6 to the length it divides by
+    torch.testing.assert_close(clipped, free * 0.01 / free.norm(), rtol=1e-3, atol=1e-9)
+    assert torch.equal(gradient(1e9), free)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gradient_that_is_not_finite_moves_nothing(precision):
+    trainer = trained_steps(2, settings=dict(precision=precision))
+    before, moments, loss = weights_of(trainer).clone(), [m["exp_avg"].clone() for m in trainer.opt.state.values()], trainer.loss
+    skipped, scale = int(trainer.skipped), trainer.scaler.get_scale()
+    trainer.loss = lambda *args, **kw: loss(*args, **kw) * math.inf
+    trainer.step()
+    assert torch.equal(weights_of(trainer), before) and int(trainer.skipped) == skipped + 1
+    assert all(torch.equal(a, m["exp_avg"]) for a, m in zip(moments, trainer.opt.state.values()))
+    assert trainer.scaler.get_scale() == scale / 2
+    trainer.loss = loss
+    trainer.step()
+    assert not torch.equal(weights_of(trainer), before) and weights_of(trainer).isfinite().all()
+
+
+def test_fp16_overflow_is_survived(tmp_path, monkeypatch):
+    "A factor so large that the first gradients overflow: these steps are left out, the factor falls, the training goes on."
+    made = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, init_scale, **kw: made(device, init_scale=init_scale * 2.**18, **kw))
+    run_in(tmp_path / "run", net=tiny_without_dropout(), precision="fp16", images=400, log_every=200)
+    log, state = read_log(tmp_path / "run"), load_file(tmp_path / "run/state/latest.safetensors")
+    assert log[0]["skipped"] > 0 == log[-1]["skipped"] and log[-1]["loss"] < 1.5
+    assert state["scaler"][0] < 2.**34 and load(tmp_path / "run")(torch.zeros(1, 1, 4, 4), 1.).isfinite().all()
+
+
+def test_scaler_is_part_of_the_state():
+    trainer, other = trained_steps(3, settings=dict(precision="fp16")), trained_steps(0, settings=dict(precision="fp16"))
+    trainer.scaler.update(1234.)
+    module._restore(other, module._state(trainer))
+    assert other.scaler.get_scale() == 1234.
+    other.step()
+    assert other.scaler.get_scale() == 1234. and other.scaler.state_dict()["_growth_tracker"] == 4    # steps without overflow
+
+
+def test_loss_by_sigma_adds_up(unbroken):
+    edges = [0, *module.SIGMA_EDGES, math.inf]
+    trainer, seen = trained_steps(0), []
+    loss = trainer.loss
+    trainer.loss = lambda *args, **kw: seen.append((kw["sigma"], loss(*args, **kw))) or seen[-1][1]
+    for _ in range(3): trainer.step()
+    sigma, losses = (torch.cat(values) for values in zip(*seen))
+    for k, (low, high) in enumerate(zip(edges, edges[1:])):
+        inside = (sigma > low) & (sigma <= high)
+        assert trainer.by_sigma[1, k] == inside.sum()
+        torch.testing.assert_close(trainer.by_sigma[0, k], losses[inside].sum().detach(), rtol=1e-5, atol=1e-6)    # order of adding
+    torch.testing.assert_close(trainer.by_sigma[0].sum() / 48, torch.stack(trainer.losses).mean(), rtol=1e-5, atol=0)
+    for line in read_log(unbroken): assert len(line["loss_by_sigma"]) == 9 and line["skipped"] == 0
+
+
+def test_no_part_of_a_step_looks_at_the_device(monkeypatch):
+    "What would make the host wait for a GPU: item, tolist, bool, nonzero, and copies to the CPU."
+    trainer, looked = trained_steps(1), []
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default")): looked.append(str(func))
+            return func(*args, **kwargs or {})
+    monkeypatch.setattr(module, "_draw", lambda *a, drawn=module._draw(trainer.settings, trainer.data, 16): drawn)    # the host's own numbers
+    core = sys.modules["ddpm_edm.core"]
+    monkeypatch.setattr(core, "_refused", lambda value, good: False)          # they look on the CPU only
+    monkeypatch.setattr(sys.modules["ddpm_edm.unet"], "_check_labels", lambda *a: None)
+    before = weights_of(trainer).clone()
+    with Watch(): trainer.step()
+    assert looked == [] and not torch.equal(weights_of(trainer), before)
+
+
+# --- precision by measurement
+
+def test_auto_is_written_down_and_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "step_times", lambda *a: {("fp32", False): 1., ("fp32", True): 0.99, ("bf16", False): 0.5, ("bf16", True): 0.6})
+    with monkeypatch.context() as m:
+        press_ctrl_c(m, 64)
+        with pytest.raises(KeyboardInterrupt): run_in(tmp_path / "run", precision="auto")
+    training = json.loads((tmp_path / "run/config.json").read_text())["training"]
+    assert training["precision"] == "bf16" and training["channels_last"] is False
+    monkeypatch.setattr(module, "step_times", lambda *a: pytest.fail("a resumed run measures nothing"))
+    run_in(tmp_path / "run", precision="auto", resume=True)
+    run_in(tmp_path / "same", precision="bf16")
+    assert_same_run(tmp_path / "run", tmp_path / "same")
+
+
+def test_fastest_wants_a_clear_win():
+    slow, times = ("fp32", False), {("fp32", False): 1., ("fp32", True): 0.95, ("bf16", False): 0.7}
+    assert module.fastest(times) == slow
+    assert module.fastest(times, margin=1.3) == ("bf16", False)
+    assert module.fastest(times | {("fp32", True): 0.5}) == ("fp32", True)
+    assert module.fastest({("fp32", False): 1., ("fp16", False): 0.3, ("fp16", True): 0.29}) == ("fp16", False)
+
+
+@pytest.mark.parametrize("asked, kept", [(None, True), (False, False)])
+def test_a_layout_that_is_asked_for(tmp_path, monkeypatch, asked, kept):
+    monkeypatch.setattr(module, "step_times", lambda *a: {("fp32", False): 1., ("fp32", True): 0.5})
+    run_in(tmp_path / "run", precision="auto", channels_last=asked, images=16)
+    assert json.loads((tmp_path / "run/config.json").read_text())["training"]["channels_last"] is kept
+
+
+def test_step_times_change_nothing():
+    net = tiny()
+    before, state = [p.clone() for p in net.parameters()], torch.get_rng_state()
+    times = module.step_times(net, some_data(), 16, repeats=2)
+    assert {p for p, _ in times} == {"fp32", "bf16"} and all(t > 0 for t in times.values())
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, net.parameters()))
+
+
+# --- trackers
+
+def test_trackers_get_the_log(tmp_path):
+    from accelerate.tracking import GeneralTracker
+    class Notes(GeneralTracker):
+        name, requires_logging_directory, lines, closed = "notes", False, [], False
+        def __init__(self): super().__init__(_blank=True)
+        @property
+        def tracker(self): return self.lines
+        def store_init_configuration(self, values): self.config = values
+        def log(self, values, step=None, **kw): self.lines.append((step, values))
+        def finish(self): self.closed = True
+    notes = Notes()
+    run_in(tmp_path / "run", log_with=notes)
+    assert [step for step, _ in notes.lines] == [64, 128, 160] and notes.closed and notes.config["batch"] == 16
+    assert notes.lines[0][1]["loss"] == read_log(tmp_path / "run")[0]["loss"] and "loss below 1" in notes.lines[0][1]
+
+
+def test_a_tracker_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="log_with must name trackers that are installed, got 'comet_ml'"):
+        run_in(tmp_path / "run", log_with="comet_ml")
+    assert not (tmp_path / "run").exists()
+
+
+# --- augmentation, averages of other lengths, other networks and data
+
+def augmented(pipe):
+    torch.manual_seed(0)
+    return EDMPrecond(UNet(1, 32, mults=(1,), attention=(), num_labels=2, augment_dim=pipe.dim))
+
+
+def test_augmentation_reaches_images_and_network(tmp_path):
+    from ddpm_edm.augment import Augment
+    pipe = Augment(xflip=1.)
+    trainer, seen = trained_steps(0, net=augmented(pipe), settings=dict(augment=pipe)), []
+    loss = trainer.loss
+    trainer.loss = lambda model, x0, **kw: seen.append((x0, kw["augment"])) or loss(model, x0, **kw)
+    trainer.step()
+    x0, told = seen[0]
+    original = trainer.data.batch(module._draw(trainer.settings, trainer.data, 0)[0]["index"])[0]
+    flipped = told[:, 0] == 1
+    assert 0 < flipped.sum() < 16
+    assert torch.equal(x0, torch.where(flipped[:, None, None, None], original.flip(3), original))
+    run_in(tmp_path / "run", net=augmented(pipe), augment=pipe)
+    assert "xflip=1.0" in json.loads((tmp_path / "run/config.json").read_text())["training"]["augment"]
+    with pytest.raises(ValueError, match="training.augment is"): run_in(tmp_path / "run", net=augmented(pipe), augment=Augment(xflip=0.5), resume=True)
+    with pytest.raises(ValueError, match="told of augmentation by augment_dim=1, got augment_dim=0"): run_in(tmp_path / "other", augment=pipe)
+    with pytest.raises(ValueError, match="told of augmentation by augment_dim=0, got augment_dim=1"): run_in(tmp_path / "other", net=augmented(pipe))
+
+
+def test_averages_of_other_lengths_afterwards(tmp_path, monkeypatch):
+    from ddpm_edm.ema import ema_snapshots, posthoc_ema
+    widths = dict(power_ema=(0.05, 0.2), images=320, sample_every=32, save_every=64)
+    run_in(tmp_path / "run", **widths)
+    assert [s[:2] for s in ema_snapshots(tmp_path / "run")] == [(w, n) for n in range(32, 321, 32) for w in (0.05, 0.2)]
+    state = load_file(tmp_path / "run/state/latest.safetensors")
+    for name, value in posthoc_ema(tmp_path / "run", 0.2).items():    # the last stored one is itself, to float32 rounding
+        torch.testing.assert_close(value, state[f"power/0.2/{name}"], rtol=1e-4, atol=1e-5)
+    press_ctrl_c(monkeypatch, 176)
+    with pytest.raises(KeyboardInterrupt): run_in(tmp_path / "broken", **widths)
+    run_in(tmp_path / "broken", resume=True, **widths)
+    assert_same_run(tmp_path / "broken", tmp_path / "run")
+    with pytest.raises(ValueError, match="sigma_rel"): run_in(tmp_path / "bad", power_ema=(0.5,))
+
+
+def test_a_transformer_is_trained_and_loaded(tmp_path):
+    from ddpm_edm.dit import DiT
+    torch.manual_seed(0)
+    net = EDMPrecond(DiT(1, patch=2, width=32, depth=1, heads=2, num_labels=2))
+    trained = run_in(tmp_path / "run", net=net)
+    x, labels = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, -1])
+    back = load(tmp_path / "run")
+    assert type(back.net) is DiT and torch.equal(back(x, 0.5, labels=labels), trained(x, 0.5, labels=labels))
+
+
+def test_images_on_disk_train_like_those_in_memory(tmp_path):
+    import numpy as np
+    from ddpm_edm.data import MappedData
+    data = some_data()
+    np.save(tmp_path / "images.npy", data.images.numpy())
+    on_disk = MappedData(np.load(tmp_path / "images.npy", mmap_mode="r"), data.labels, name=data.name)
+    run_in(tmp_path / "disk", data=on_disk)
+    run_in(tmp_path / "memory", data=data)
+    assert_same_run(tmp_path / "disk", tmp_path / "memory")
