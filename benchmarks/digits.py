@@ -96,7 +96,8 @@ def main() -> None:
             train_images(out=str(run), seed=args.seed, quiet=args.json)
             result["training_seconds"] = time.perf_counter() - start
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        result |= dict(images=log[-1]["images"], training_images_per_second=float(np.median([m["images_per_second"] for m in log])))
+        precision = json.loads((run / "config.json").read_text())["training"]["precision"]
+        result |= dict(images=log[-1]["images"], precision=precision, training_images_per_second=float(np.median([m["images_per_second"] for m in log])))
         denoiser = load(run)
     result["weights"] = sum(p.numel() for p in denoiser.parameters())
 

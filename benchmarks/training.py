@@ -31,7 +31,7 @@ from ddpm_edm.data import ImageData, digits
 from ddpm_edm.noise import LogNormal, karras_sigmas
 from ddpm_edm.precond import EDMPrecond
 from ddpm_edm.solvers import generate
-from ddpm_edm.train import Settings, Trainer, fastest, step_times
+from ddpm_edm.train import Settings, Trainer, conv_times, fastest
 from ddpm_edm.unet import UNet
 from digits import cpu_name, frechet_distance, real_digits, reference
 
@@ -56,7 +56,7 @@ def ours(precision: str) -> tuple[Callable, Callable]:
     net = UNet(1, channels=48, mults=(1, 2, 2), attention=(2,))
     denoiser, data = EDMPrecond(net).to(DEVICE), ImageData(images)
     channels_last = False
-    if precision == "default": precision, channels_last = fastest(step_times(denoiser, data, 64))
+    if precision == "default": precision, channels_last = fastest(conv_times(DEVICE))
     settings = Settings(10**6, 64, 1e-3, 0.02, 5000, 8000, 0.05, LogNormal(), 0, precision, channels_last=channels_last)
     return lambda x: net(x, x.new_zeros(len(x))), Trainer(denoiser, data, settings).step
 
@@ -172,7 +172,7 @@ def train_ours(seconds: float) -> Callable:
     began, data = time.perf_counter(), digits()
     torch.manual_seed(0)
     denoiser = EDMPrecond(UNet(1), data.stats().std).to(DEVICE)
-    precision, channels_last = fastest(step_times(denoiser, data, 64))
+    precision, channels_last = fastest(conv_times(DEVICE))
     def trainer(images):
         return Trainer(denoiser, data, Settings(images, 64, 1e-3, 0.02, 5000, min(8000, images / 12), 0., LogNormal(-0.6), 0, precision, channels_last=channels_last))
     trial, now = trainer(10**6), time.perf_counter()

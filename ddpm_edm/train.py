@@ -6,10 +6,9 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/train.html.md"""
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SIGMA_EDGES', 'NETWORKS', 'learning_rate', 'Settings', 'Trainer', 'replacing', 'save_denoiser', 'load',
-           'read_log', 'sample_picture', 'plot_loss', 'RunFolder', 'step_times', 'fastest', 'train']
+           'read_log', 'sample_picture', 'plot_loss', 'RunFolder', 'conv_times', 'fastest', 'train']
 
-# %% ../nbs/15_train.ipynb #b3f77e3a
-import copy
+# %% ../nbs/15_train.ipynb #80dd5796
 import errno
 import json
 import math
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import image_grid
@@ -511,42 +510,36 @@ def _stop_signals(patience: float = 0.) -> Iterator[list]:
     try: yield caught
     finally: put_back()
 
-# %% ../nbs/15_train.ipynb #3900cbe5
-def _candidates(device: torch.device, batched: bool) -> list[tuple[str, bool]]:
-    "Precisions that a device may be good at, each with and without channels last."
-    low = {"cpu": "bf16", "mps": None}.get(device.type)
-    if device.type == "cuda": low = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return [(precision, last) for precision in ("fp32", low) if precision for last in ((False, True) if batched else (False,))]
+# %% ../nbs/15_train.ipynb #6b9f938c
+def _candidates(device: torch.device) -> list[tuple[str, bool]]:
+    "Precisions that a device may be good at; on a GPU each with and without channels last."
+    if device.type == "mps": return [("fp32", False)]
+    if device.type == "cpu": return [("fp32", False), ("bf16", False)]
+    low = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return [(precision, last) for precision in ("fp32", low) for last in (False, True)]
 
-def step_times(
-    denoiser: EDMPrecond,
-    data: ImageData,
-    batch: int,                          # images in a pass; on a CPU fewer of them if they are large
-    repeats: int = 4,                    # rounds; the first warms up
-) -> dict[tuple[str, bool], float]:      # seconds for the forward and backward pass, by precision and channels last
-    "How long a training step takes here in each precision and memory layout; nothing is changed."
-    device, gain, times = next(denoiser.parameters()).device, EDMLoss(sigma_data=denoiser.sigma_data), {}
-    if device.type == "cpu": batch = min(batch, max(8, 16_384 // math.prod(data.shape[1:])))
-    x0, labels = data.batch(torch.arange(batch) % len(data))
-    cond = {"labels": _on(device, labels)} if denoiser.net.num_labels else {}
-    candidates = _candidates(device, any(p.ndim == 4 for p in denoiser.parameters()))
-    copies = {last: copy.deepcopy(denoiser).to(memory_format=torch.channels_last if last else torch.preserve_format)
-              for last in {last for _, last in candidates}}
+def conv_times(
+    device: str | torch.device,
+    repeats: int = 8,                        # rounds; the first warms up
+) -> dict[tuple[str, bool], float]:          # seconds, by precision and channels last; the best of the rounds
+    "How long two convolutions of 64 channels on 16 images of 32 x 32 take, forward and backward."
+    device, times = torch.device(device), {}
+    net = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, device=device) for _ in range(2)))
     def seconds(precision, last):
         layout, low = torch.channels_last if last else torch.contiguous_format, PRECISIONS[precision]
-        x, began = _on(device, x0).contiguous(memory_format=layout), time.perf_counter()
-        with torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None):
-            gain(copies[last], x, sigma=torch.full((batch,), 0.5, device=device), n=torch.zeros_like(x), **cond).mean().backward()
+        x, began = torch.ones(16, 64, 32, 32, device=device).to(memory_format=layout), time.perf_counter()
+        with torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None): y = net.to(memory_format=layout)(x)
+        y.float().mean().backward()
         if device.type == "cuda": torch.cuda.synchronize(device)
         return time.perf_counter() - began
     for _ in range(repeats):
-        for candidate in candidates: times.setdefault(candidate, []).append(seconds(*candidate))
+        for candidate in _candidates(device): times.setdefault(candidate, []).append(seconds(*candidate))
     return {candidate: min(t[1:] or t) for candidate, t in times.items()}
 
-# %% ../nbs/15_train.ipynb #38c33d3c
+# %% ../nbs/15_train.ipynb #cf2a7005
 def fastest(
-    times: dict[tuple[str, bool], float],    # of `step_times`
-    margin: float = 1.5,                     # how many times as fast as fp32 another precision has to be
+    times: dict[tuple[str, bool], float],    # of `conv_times`
+    margin: float = 1.2,                     # how many times as fast as fp32 another precision has to be
     layout: float = 1.1,                     # how many times as fast channels last has to be
 ) -> tuple[str, bool]:                       # precision, channels last
     "The fastest precision and memory layout, if it is clearly faster than plain fp32."
@@ -581,8 +574,8 @@ def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> floa
     if "save" in due: folder.save(trainer)
     return loss
 
-# %% ../nbs/15_train.ipynb #c0b7509d
-def _measured(denoiser: EDMPrecond, data: ImageData, s: Settings, accumulate: int, channels_last: bool | None, run: Path | None) -> dict:
+# %% ../nbs/15_train.ipynb #943e33f9
+def _measured(channels_last: bool | None, run: Path | None) -> dict:
     "Precision and memory layout of the run that is resumed, else the fastest ones; the first process chooses for all."
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -592,8 +585,7 @@ def _measured(denoiser: EDMPrecond, data: ImageData, s: Settings, accumulate: in
         except (OSError, ValueError, KeyError, TypeError): there = {}    # RunFolder says what is wrong
         if "precision" in there: choice = [(there["precision"], there.get("channels_last", False))]
         else:
-            times = step_times(denoiser.to(state.device), data, max(1, s.batch // (state.num_processes * accumulate)))
-            chosen, last = fastest(times)
+            chosen, last = fastest(conv_times(state.device))
             choice = [(chosen, last if channels_last is None else channels_last)]
     broadcast_object_list(choice)
     return dict(precision=choice[0][0], channels_last=choice[0][1])
@@ -631,7 +623,7 @@ def _check_fit(denoiser: EDMPrecond, data: ImageData, settings: Settings) -> Non
     x = data.batch(slice(0, 1))[0].to(next(denoiser.parameters()).device)
     with torch.no_grad(): denoiser(x, 1.)    # finds sizes and channels that do not fit
 
-# %% ../nbs/15_train.ipynb #646715d7
+# %% ../nbs/15_train.ipynb #d0cfd0ab
 def train(
     denoiser: EDMPrecond,               # what to train, in place
     data: ImageData,                    # what it shall learn; its labels too, if the network has any
@@ -671,7 +663,7 @@ def train(
     # the caller's random numbers stay as they were
     with torch.random.fork_rng(range(torch.cuda.device_count())), _stop_signals(5. * several) as stopped:
         _check_fit(denoiser, data, settings)
-        if precision == "auto": settings = replace(settings, **_measured(denoiser, data, settings, accumulate, channels_last, Path(out) if resume else None))
+        if precision == "auto": settings = replace(settings, **_measured(channels_last, Path(out) if resume else None))
         config = _network(denoiser) | dict(shape=data.shape, classes=data.classes, training=settings.as_dict(),
                                            data=dict(name=data.name, images=len(data), fingerprint=data.fingerprint()))
         trainer = Trainer(denoiser, data, settings, accumulate, compile, **_trackers(log_with, out))
