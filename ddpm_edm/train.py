@@ -195,7 +195,7 @@ class Trainer:
     def _share(self) -> list[dict[str, Tensor]]:
         "What this process computes of the next batch, in parts."
         drawn, dropout_seed = _draw(self.settings, self.data, self.seen)
-        torch.manual_seed(dropout_seed)
+        torch.manual_seed(dropout_seed + self.accelerator.process_index)
         mine = torch.arange(self.settings.batch)[self.accelerator.process_index::self.accelerator.num_processes]
         return [{name: value[rows] for name, value in drawn.items()} for rows in mine.chunk(self.parts)]
 
