@@ -181,7 +181,7 @@ def train_ours(seconds: float) -> Callable:
     speed = trial.seen / (time.perf_counter() - now)
     torch.manual_seed(0)
     denoiser = EDMPrecond(UNet(1), data.stats().std).to(DEVICE)
-    run = trainer(int(speed * (seconds - (time.perf_counter() - began)) * 0.98))
+    run = trainer(max(64, int(speed * (seconds - (time.perf_counter() - began)) * 0.98)))
     while run.seen < run.settings.images and time.perf_counter() - began < seconds: run.step()
     wait()
     return lambda n: generate(run.ema.model.eval(), range(n), data.shape, karras_sigmas(18)).flatten(1)
