@@ -223,7 +223,7 @@ def _shared(denoise: Denoiser, seeds: range, *how, labels: torch.Tensor | None, 
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return generate(denoise, seeds, *how, labels=labels, **more)
     from accelerate import PartialState
     from accelerate.utils import gather_object
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     mine = range(len(seeds))[state.process_index::state.num_processes]
     x = generate(denoise, [seeds[i] for i in mine], *how, labels=None if labels is None else labels[mine], **more) if mine else None
     parts = dict(part for part in gather_object([(i, x[k]) for k, i in enumerate(mine)]))

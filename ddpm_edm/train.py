@@ -153,7 +153,7 @@ class Trainer:
         **tracking,                     # log_with and project_dir of Accelerator
     ):
         from accelerate import Accelerator
-        self.accelerator = Accelerator(mixed_precision="no", **tracking)    # `precision` decides, not the environment
+        self.accelerator = Accelerator(cpu=_without_gpu(), mixed_precision="no", **tracking)    # `precision` decides, not the environment
         self.device, self.settings, self.data = self.accelerator.device, settings, data.to(self.accelerator.device)
         self.parts, processes = accumulate, self.accelerator.num_processes
         if settings.batch % (processes * accumulate):
@@ -236,6 +236,10 @@ class Trainer:
         if self.accelerator.num_processes == 1: return yes
         if self.seen // self.settings.batch % 16: return False
         return self.accelerator.reduce(torch.tensor(float(yes), device=self.device)).item() > 0
+
+def _without_gpu() -> bool:
+    "Whether several processes were launched where there is no GPU. Accelerate must be told, or each would train alone."
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
 
 def _on(device: torch.device, t: Tensor) -> Tensor:
     "A tensor on a device, without waiting: a GPU fetches only from pinned memory while the host goes on."
@@ -579,7 +583,7 @@ def _measured(channels_last: bool | None, run: Path | None) -> dict:
     "Precision and memory layout of the run that is resumed, else the fastest ones; the first process chooses for all."
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    state, choice = PartialState(), [None]
+    state, choice = PartialState(cpu=_without_gpu()), [None]
     if state.is_main_process:
         try: there = json.loads((run / "config.json").read_text())["training"] if run else {}
         except (OSError, ValueError, KeyError, TypeError): there = {}    # RunFolder says what is wrong

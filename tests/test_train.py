@@ -608,7 +608,7 @@ def test_draws_of_a_step_depend_on_seed_and_step_alone():
     data, make = some_data(), lambda seed: Settings(1000, 16, 1e-3, 0, 0, 10, 0.5, LogNormal(), seed, "fp32")
     def draws(seed, seen):
         drawn, dropout_seed = module._draw(make(seed), data, seen)
-        return torch.cat([t.flatten().double() for t in (*drawn, torch.tensor(dropout_seed))])
+        return torch.cat([t.flatten().double() for t in (*drawn.values(), torch.tensor(dropout_seed))])
     reference = draws(0, 32)
     draws(0, 48), torch.manual_seed(5)
     assert torch.equal(draws(0, 32), reference)
@@ -690,11 +690,11 @@ def test_a_gradient_that_is_not_finite_moves_nothing(precision):
 def test_fp16_overflow_is_survived(tmp_path, monkeypatch):
     "A factor so large that the first gradients overflow: these steps are left out, the factor falls, the training goes on."
     made = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, init_scale, **kw: made(device, init_scale=init_scale * 2.**18, **kw))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, init_scale, **kw: made(device, init_scale=init_scale * 2.**8, **kw))
     run_in(tmp_path / "run", net=tiny_without_dropout(), precision="fp16", images=400, log_every=200)
     log, state = read_log(tmp_path / "run"), load_file(tmp_path / "run/state/latest.safetensors")
     assert log[0]["skipped"] > 0 == log[-1]["skipped"] and log[-1]["loss"] < 1.5
-    assert state["scaler"][0] < 2.**34 and load(tmp_path / "run")(torch.zeros(1, 1, 4, 4), 1.).isfinite().all()
+    assert state["scaler"][0] < 2.**24 and load(tmp_path / "run")(torch.zeros(1, 1, 4, 4), 1.).isfinite().all()
 
 
 def test_scaler_is_part_of_the_state():
