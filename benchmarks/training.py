@@ -36,7 +36,7 @@ from ddpm_edm.unet import UNet
 from digits import cpu_name, frechet_distance, real_digits, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOW = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")
 
 
 def package(name: str):
@@ -133,7 +133,7 @@ def speeds(names: list[str], rounds: int) -> dict:
     "Seconds per step: the contestants' times in every round, one after the other, so that a busy moment hurts all of them."
     steps, flops, times = {}, {}, {}
     for name in names:
-        for precision in ("default", *LOW):
+        for precision in ("default", *PRECISIONS):
             if name != "ddpm_edm" and precision == "default": continue    # fp32
             net, steps[name, precision] = MAKERS[name](precision)
             flops[name] = gflop(net)
@@ -263,12 +263,12 @@ def training(
         result, lines = {}, []
         for name in names:
             rate = {precision: {how: 64 / f(measured["seconds"][name, precision]) for how, f in (("best", min), ("median", np.median))}
-                    for precision in ("default", *LOW)}
+                    for precision in ("default", *PRECISIONS)}
             result[name] = dict(gflop=measured["gflop"][name], images_per_second=rate, memory_mb=grown[name])
             lines.append(f"{name:>28}: {measured['gflop'][name]:.2f} GFLOP, {grown[name]:6.0f} MB; images/s "
                          + ", ".join(f"{precision} {r['best']:.1f} (median {r['median']:.1f})" for precision, r in rate.items()))
         peers = [name for name in names if name != "ddpm_edm"]
-        for precision in ("default", *LOW) if peers else ():
+        for precision in ("default", *PRECISIONS) if peers else ():
             best = lambda how: result["ddpm_edm"]["images_per_second"][precision][how] / max(result[p]["images_per_second"][precision][how] for p in peers)
             lines.append(f"{precision}: {best('best'):.2f} times the fastest peer (median {best('median'):.2f})")
     if as_json: print(json.dumps(facts | dict(result=result), indent=2))

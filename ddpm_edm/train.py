@@ -382,7 +382,8 @@ def plot_loss(
     left, right = fig.subplots(1, 2)
     left.plot([m["images"] for m in log], [m["loss"] for m in log], ".-" if len(log) < 30 else "-", color="#0072B2")
     left.set(xlabel="images seen", ylabel="loss (a fresh network has about 1)", title="Training loss", yscale="log")
-    middle = 10**(np.arange(len(SIGMA_EDGES) + 1) / 2 - 2.25)    # of the bins
+    half = (SIGMA_EDGES[1] / SIGMA_EDGES[0])**0.5    # of a bin
+    middle = [edge / half for edge in SIGMA_EDGES] + [SIGMA_EDGES[-1] * half]
     shown = sorted({0, len(log) // 4, len(log) - 1}) if log else []
     for k, color in zip(shown, ("#BBBBBB", "#56B4E9", "#0072B2")):
         values = [np.nan if v is None else v for v in log[k]["loss_by_sigma"]]

@@ -708,6 +708,7 @@ def test_scaler_is_part_of_the_state():
 
 def test_loss_by_sigma_adds_up(unbroken):
     edges = [0, *module.SIGMA_EDGES, math.inf]
+    assert edges[1:-1] == pytest.approx([10**(k / 2) for k in range(-4, 4)], rel=1e-3)    # two bins a decade, rounded to 4 places
     trainer, seen = trained_steps(0), []
     loss = trainer.loss
     trainer.loss = lambda *args, **kw: seen.append((kw["sigma"], loss(*args, **kw))) or seen[-1][1]
@@ -718,6 +719,8 @@ def test_loss_by_sigma_adds_up(unbroken):
         assert trainer.by_sigma[1, k] == inside.sum()
         torch.testing.assert_close(trainer.by_sigma[0, k], losses[inside].sum().detach(), rtol=1e-5, atol=1e-6)    # order of adding
     torch.testing.assert_close(trainer.by_sigma[0].sum() / 48, torch.stack(trainer.losses).mean(), rtol=1e-5, atol=0)
+    lines = plot_loss(unbroken).axes[1].lines
+    for x, low, high in zip(lines[-1].get_xdata()[1:-1], edges[1:], edges[2:]): assert low < x < high    # drawn inside their bins
     for line in read_log(unbroken): assert len(line["loss_by_sigma"]) == 9 and line["skipped"] == 0
 
 
