@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from ddpm_edm import cli
-from ddpm_edm.cli import default_mults, run_command, sample_images, train_images
-from ddpm_edm.data import digits
+from ddpm_edm.cli import run_command, sample_images, train_images
+from ddpm_edm.data import _attention, default_mults, digits
 from ddpm_edm.precond import EDMPrecond
 from ddpm_edm.train import load, save_denoiser, train
 from ddpm_edm.unet import UNet
@@ -251,11 +251,11 @@ def test_every_size_gets_a_network():
     "Sizes that do not divide get fewer levels, never an error; attention never sees more than 256 positions."
     for h in (1, 2, 3, 5, 7, 8, 12, 20, 28, 31, 36, 48):
         for w in (h, h + 1, 2 * h):
-            mults, attention = default_mults(h, w), cli._attention(h, w)
+            mults, attention = default_mults(h, w), _attention(h, w)
             net = UNet(1, 32, mults, attention=attention)
             with torch.no_grad(): assert net(torch.zeros(1, 1, h, w), torch.zeros(1)).shape == (1, 1, h, w)
             assert all(h * w // 4**level <= 256 for level in attention)
-    assert cli._attention(256, 256) == [4, 5, 6] and cli._attention(8, 8) == [1]
+    assert _attention(256, 256) == [4, 5, 6] and _attention(8, 8) == [1]
 
 
 def folder_of_pictures(path, classes=("cats", "dogs"), n=3, size=12):
