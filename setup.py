@@ -23,6 +23,6 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "bench")},
+    extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "bench", "inception")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["ddpm_edm = ddpm_edm._modidx:d"]},
 )

@@ -21,18 +21,10 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from ddpm_edm.cli import train_images
+from ddpm_edm.metrics import frechet_distance
 from ddpm_edm.noise import karras_sigmas
 from ddpm_edm.solvers import generate
 from ddpm_edm.train import load
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    "Squared Frechet distance between Gaussians fitted to the rows of a and of b."
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)).sum()
-    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 def nearest_median(x: np.ndarray, real: np.ndarray, skip_self: bool = False) -> float:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
@@ -28,12 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_edm.cli import run_command
 from ddpm_edm.data import ImageData, digits
+from ddpm_edm.metrics import frechet_distance
 from ddpm_edm.noise import LogNormal, karras_sigmas
 from ddpm_edm.precond import EDMPrecond
 from ddpm_edm.solvers import generate
 from ddpm_edm.train import Settings, Trainer, conv_times, fastest
 from ddpm_edm.unet import UNet
-from digits import cpu_name, frechet_distance, real_digits, reference
+from digits import cpu_name, real_digits, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = ("fp32", "bf16")
@@ -165,79 +166,92 @@ def memory(name: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else (largest[0] - before) / 1e6
 
 
-# --- quality: each trains for so many seconds, and returns a function that makes n samples (n, 64) in [-1, 1]
+# --- quality: each trains, and after so many seconds of training yields a function that makes n samples (n, 64) in [-1, 1]
 
-def train_ours(seconds: float) -> Callable:
-    "The defaults of `train`; how many images fit into the time is measured in its first tenth, since the rate must fall to its end."
-    began, data = time.perf_counter(), digits()
-    torch.manual_seed(0)
-    denoiser = EDMPrecond(UNet(1), data.stats().std).to(DEVICE)
-    precision, channels_last = fastest(conv_times(DEVICE))
+def train_ours(marks: list[float]) -> Iterator[Callable]:
+    "The settings of `train` with half of its network's width; a run for each mark, since the rate falls to a run's end."
+    data, (precision, channels_last) = digits(), fastest(conv_times(DEVICE))
     def trainer(images):
-        return Trainer(denoiser, data, Settings(images, 64, 1e-3, 0.02, 5000, min(8000, images / 12), 0., LogNormal(-0.6), 0, precision, channels_last=channels_last))
-    trial, now = trainer(10**6), time.perf_counter()
-    while time.perf_counter() - began < seconds / 10: trial.step()
-    wait()
-    speed = trial.seen / (time.perf_counter() - now)
-    torch.manual_seed(0)
-    denoiser = EDMPrecond(UNet(1), data.stats().std).to(DEVICE)
-    run = trainer(max(64, int(speed * (seconds - (time.perf_counter() - began)) * 0.98)))
-    while run.seen < run.settings.images and time.perf_counter() - began < seconds: run.step()
-    wait()
-    return lambda n: generate(run.ema.model.eval(), range(n), data.shape, karras_sigmas(18)).flatten(1)
+        torch.manual_seed(0)
+        net, noise = UNet(1, channels=32), LogNormal(-0.6)
+        return Trainer(EDMPrecond(net, data.stats().std), data,
+                       Settings(images, 64, 1e-3, 0.02, 5000, min(8000, images / 12), 0., noise, 0, precision, channels_last=channels_last))
+    for mark in marks:
+        began, trial = time.perf_counter(), trainer(10**6)    # how many images fit is measured in the first twentieth, which counts
+        trial.step()
+        now = time.perf_counter()
+        while time.perf_counter() - began < mark / 20: trial.step()
+        wait()
+        speed = (trial.seen - 64) / (time.perf_counter() - now)
+        run = trainer(max(64, int(0.97 * speed * (mark - (time.perf_counter() - began)))))
+        while run.seen < run.settings.images and time.perf_counter() - began < mark: run.step()
+        wait()
+        yield lambda n: generate(run.ema.model.eval(), range(n), data.shape, karras_sigmas(18)).flatten(1)
 
 
-def batches(size: int, seconds: float):
-    "Real digits (B, 1, 8, 8) in [-1, 1], in random order, until the time is up."
-    x, began = torch.tensor(real_digits()[0], dtype=torch.float32, device=DEVICE).view(-1, 1, 8, 8), time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        for index in torch.randperm(len(x), device=DEVICE).split(size):
-            if len(index) == size: yield x[index]
+def shuffled(size: int) -> Iterator[torch.Tensor]:
+    "Real digits (B, 1, 8, 8) in [-1, 1] in random order, without end."
+    x = torch.tensor(real_digits()[0], dtype=torch.float32, device=DEVICE).view(-1, 1, 8, 8)
+    while True: yield from (x[index] for index in torch.randperm(len(x), device=DEVICE).split(size) if len(index) == size)
 
 
-def train_smalldiffusion(seconds: float) -> Callable:
+def pauses(marks: list[float], step: Callable) -> Iterator[None]:
+    "Does steps, and pauses after so many seconds of them; what is done in a pause does not count."
+    spent = 0.
+    for mark in marks:
+        while spent < mark:
+            began = time.perf_counter()
+            step()
+            wait()
+            spent += time.perf_counter() - began
+        yield
+
+
+def train_smalldiffusion(marks: list[float]) -> Iterator[Callable]:
     "The recipe of its Fashion-MNIST example: width 64, rate 7e-4, average with 0.99, and its accelerated sampler; at 8 x 8."
     S, averages = package("smalldiffusion"), package("torch.optim.swa_utils")
-    net = S.Unet(8, 1, 1, ch=64, ch_mult=(1, 2), attn_resolutions=(4,)).to(DEVICE)
+    net, batches = S.Scaled(S.Unet)(8, 1, 1, ch=64, ch_mult=(1, 2), attn_resolutions=(4,)).to(DEVICE), shuffled(64)
     schedule, opt = S.ScheduleDDPM(beta_start=0.0001, beta_end=0.02, N=1000), torch.optim.AdamW(net.parameters(), 7e-4)
     ema = averages.AveragedModel(net, multi_avg_fn=averages.get_ema_multi_avg_fn(0.99))
-    for x0 in batches(64, seconds):
+    def step():
         opt.zero_grad()
-        x, sigma, eps, _ = S.generate_train_sample(x0, schedule)
+        x, sigma, eps, _ = S.generate_train_sample(next(batches), schedule)
         type(net).get_loss(net, x, sigma, eps).backward()
         opt.step()
         ema.update_parameters(net)
     def draw(n):
         *_, x = S.samples(ema.module.eval(), schedule.sample_sigmas(35), gam=1.6, batchsize=n)
         return x.flatten(1)
-    return draw
+    for _ in pauses(marks, step): yield draw
 
 
-def train_denoising_diffusion_pytorch(seconds: float) -> Callable:
+def train_denoising_diffusion_pytorch(marks: list[float]) -> Iterator[Callable]:
     "The settings of its Trainer: rate 1e-4, clipping at 1, average with 0.995 every 10 steps; 35 DDIM steps."
-    P = package("denoising_diffusion_pytorch")
+    P, batches = package("denoising_diffusion_pytorch"), shuffled(16)
     model = P.GaussianDiffusion(P.Unet(dim=64, dim_mults=(1, 2), channels=1), image_size=8, sampling_timesteps=35).to(DEVICE)
     opt, ema = torch.optim.Adam(model.parameters(), 1e-4, betas=(0.9, 0.99)), package("ema_pytorch").EMA(model, beta=0.995, update_every=10)
-    for x0 in batches(16, seconds):
-        model((x0 + 1) / 2).backward()    # it normalizes images from [0, 1] by itself
+    def step():
+        model((next(batches) + 1) / 2).backward()    # it normalizes images from [0, 1] by itself
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
         opt.zero_grad()
         ema.update()
-    return lambda n: 2 * ema.ema_model.sample(batch_size=n).flatten(1) - 1
+    for _ in pauses(marks, step): yield lambda n: 2 * ema.ema_model.sample(batch_size=n).flatten(1) - 1
 
 
 TRAINERS = {"ddpm_edm": train_ours, "smalldiffusion": train_smalldiffusion, "denoising-diffusion-pytorch": train_denoising_diffusion_pytorch}
 
 
-def quality(name: str, minutes: float) -> float:
-    "Squared Frechet distance of 1000 samples to all real digits, in pixels."
+def quality(name: str, minutes: list[float]) -> dict[float, float]:
+    "Squared Frechet distance of 1000 samples to all real digits, in pixels, after so many minutes of training."
     torch.manual_seed(0)
+    result = {}
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        draw = TRAINERS[name](60 * minutes)
-        with torch.no_grad(): x = torch.cat([draw(250) for _ in range(4)]) if name != "ddpm_edm" else draw(1000)
-    return frechet_distance(x.double().cpu().numpy(), real_digits()[0])
+        for m, draw in zip(minutes, TRAINERS[name]([60 * m for m in minutes])):
+            with torch.no_grad(): x = draw(1000) if name == "ddpm_edm" else torch.cat([draw(250) for _ in range(4)])
+            result[m] = frechet_distance(x.double().cpu().numpy(), real_digits()[0])
+    return result
 
 
 def training(
@@ -251,7 +265,7 @@ def training(
     if memory_of: return print(memory(memory_of))
     facts = dict(device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__)
     if minutes:
-        result = {name: {float(m): quality(name, float(m)) for m in minutes.split(",")} for name in installed(TRAINERS)}
+        result = {name: quality(name, sorted(float(m) for m in minutes.split(","))) for name in installed(TRAINERS)}
         lines = [f"{name:>28}: " + ", ".join(f"{value:.3f} after {m:g} min" for m, value in values.items()) for name, values in result.items()]
         result["real halves"] = reference()["frechet_of_real_halves"]
         lines.append(f"{'real halves':>28}: {result['real halves']:.3f}")

@@ -1,4 +1,4 @@
-"The two commands: as programs, and as functions with every mistake a person can make."
+"The commands: as programs, and as functions with every mistake a person can make."
 import errno
 import inspect
 import json
@@ -17,13 +17,16 @@ import torch
 from PIL import Image
 
 from ddpm_edm import cli
-from ddpm_edm.cli import run_command, sample_images, train_images
+from ddpm_edm.cli import evaluate_run, run_command, sample_images, train_images
 from ddpm_edm.data import _attention, default_mults, digits
+from ddpm_edm.metrics import evaluate, pixel_features, to_uint8
+from ddpm_edm.noise import karras_sigmas
 from ddpm_edm.precond import EDMPrecond
+from ddpm_edm.solvers import euler, generate
 from ddpm_edm.train import load, save_denoiser, train
 from ddpm_edm.unet import UNet
 
-TRAIN, SAMPLE = "ddpm-edm-train", "ddpm-edm-sample"
+TRAIN, SAMPLE, EVAL = "ddpm-edm-train", "ddpm-edm-sample", "ddpm-edm-eval"
 TINY = "--images 256 --channels 32 --quiet"
 torch.set_num_threads(1)
 ENV = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")    # another number of threads rounds differently
@@ -38,7 +41,7 @@ def command(name, words, **kw):
 
 def call(name, words):
     "Run a command in this process; its exit code."
-    try: run_command({TRAIN: train_images, SAMPLE: sample_images}[name], name, shlex.split(words))
+    try: run_command({TRAIN: train_images, SAMPLE: sample_images, EVAL: evaluate_run}[name], name, shlex.split(words))
     except SystemExit as e: return e.code or 0
     return 0
 
@@ -95,7 +98,7 @@ def test_sample_program(trained, tmp_path):
     assert pixels(tmp_path / "samples.png").shape == ((8 * 9 - 1) * 4,) * 2
 
 
-@pytest.mark.parametrize("name, words, code", [(TRAIN, "--data cifar", 1), (SAMPLE, "", 2)])
+@pytest.mark.parametrize("name, words, code", [(TRAIN, "--data cifar", 1), (SAMPLE, "", 2), (EVAL, "nowhere", 1)])
 def test_program_errors_are_one_line(name, words, code, tmp_path):
     said = command(name, words, cwd=tmp_path)
     assert said.returncode == code and said.stderr.startswith(f"{name}: error: ") and said.stderr.count("\n") == 1
@@ -135,7 +138,7 @@ def test_modules_import_light():
 
 # --- help and defaults
 
-@pytest.mark.parametrize("name, function", [(TRAIN, train_images), (SAMPLE, sample_images)])
+@pytest.mark.parametrize("name, function", [(TRAIN, train_images), (SAMPLE, sample_images), (EVAL, evaluate_run)])
 def test_help_explains_every_setting(name, function, capsys):
     assert call(name, "--help") == 0
     text = capsys.readouterr().out.replace("_", "-")
@@ -468,3 +471,75 @@ def test_drawing_ignores_the_callers_random_numbers(run):
 
 def test_digits_fit_the_default_network():
     assert digits().shape == (1, 8, 8) and default_mults(8, 8) == [1, 1]
+
+
+# --- measuring
+
+def test_eval_program(trained, tmp_path):
+    said = command(EVAL, f"{shlex.quote(str(trained[0]))} --n 40 --steps 3 --features pixels --out e.json --cache refs", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "5/5" in said.stderr    # evaluations of the network
+    assert "40 samples against 1797 images of digits; averaged to at most 16 x 16, 17 levels" in said.stdout and "wrote e.json" in said.stdout
+    assert "distance (pixels)" in said.stdout and "FID" not in said.stdout and "copies of training images" in said.stdout
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["e.json", "refs"]
+    assert json.loads((tmp_path / "e.json").read_text())["features"] == "pixels"
+
+
+def test_eval_is_evaluate_of_generate(run, capsys):
+    assert call(EVAL, "run --n 40 --steps 3 --solver euler --seed 5 --batch 7 --features pixels --device cpu --cache refs --out e.json --quiet") == 0
+    d, report = digits(), json.loads(Path("e.json").read_text())
+    labels = d.labels[torch.randperm(1797, generator=torch.Generator().manual_seed(5))][:40]
+    x = generate(load("run"), range(5, 45), (1, 8, 8), karras_sigmas(3), euler, labels=labels)
+    expected = evaluate(to_uint8(x.clamp(-1, 1), 17), d, pixel_features)
+    assert report["clipped"] == pytest.approx((x.abs() > 1 + 1 / 16).double().mean().item(), abs=1e-3)
+    for name, row in expected["figures"].items():
+        for k, v in row.items(): assert report["figures"][name][k] == (None if v is None else pytest.approx(v, rel=0.02, abs=1e-6))    # another batch rounds otherwise: a pixel may move by a level
+    assert report["copies"] == expected["copies"] and (report["steps"], report["solver"], report["seed"], report["run"]) == (3, "euler", 5, "run")
+    reference, = Path("refs").iterdir()
+    assert reference.name == f"digits-{d.fingerprint()}-pixels.safetensors"
+    before = reference.stat().st_mtime_ns
+    assert call(EVAL, "run --n 10 --steps 1 --features pixels --cache refs --out f.json --quiet") == 0 and reference.stat().st_mtime_ns == before
+    reference.write_bytes(reference.read_bytes()[:100])
+    capsys.readouterr()
+    assert "is damaged or holds no statistics" in errors(EVAL, "run --n 10 --features pixels --cache refs --quiet", capsys)
+
+
+def test_eval_by_its_own_classifier(run, monkeypatch):
+    "The judge is trained once and kept."
+    real = cli.classifier
+    monkeypatch.setattr(cli, "classifier", lambda *a: real(*a, images=128))
+    names = []
+    for n in (10, 12):
+        assert call(EVAL, f"run --n {n} --steps 1 --cache refs --out {n}.json --quiet") == 0
+        names.append(json.loads(Path(f"{n}.json").read_text())["features"])
+    assert names[0] == names[1] and names[0].startswith("classifier of digits ")
+    assert len(list(Path("refs").glob("*.safetensors"))) == 2
+
+
+def test_eval_of_a_folder(capsys):
+    folder_of_pictures(Path("pets"), n=20)
+    folder_of_pictures(Path("others"), n=19)
+    assert call(TRAIN, "--data pets --size 8 --images 8 --batch 4 --channels 32 --unconditional --quiet") == 0
+    capsys.readouterr()
+    words = "runs/pets --n 20 --steps 1 --features pixels --quiet"
+    assert "trained on a folder called 'pets'; say by --data" in errors(EVAL, words, capsys)
+    assert "trained on 40 images of pets with fingerprint" in errors(EVAL, f"{words} --data others", capsys)
+    assert "trained on 40 images of pets with fingerprint" in errors(EVAL, f"{words} --data pets --size 9", capsys)
+    assert call(EVAL, f"{words} --data pets") == 0
+    said = capsys.readouterr()
+    assert "comes out too high" in said.err and "20 samples against 40 images of pets" in said.out    # 20 samples for 192 pixels
+    assert Path("runs/pets/eval.json").is_file() and list(Path("runs/references").glob("pets-*-pixels.safetensors"))
+
+
+@pytest.mark.parametrize("words, message", [
+    ("nowhere", "no model at nowhere"), ("run --n 3", "n must be at least 10, got 3"), ("run --n 0", "n must be at least 10"), ("run --steps 0", "steps must be"),
+    ("run --batch 0", "batch must be"), ("run --features fid", "classifier, inception or pixels, got 'fid'"), ("run --solver rk4", "got 'rk4'"),
+    ("run --device gpu", "can't be used"), ("run --data cifar", "got 'cifar'"), ("run --data digits --size 8", "one size"), ("run --seed -1 --features pixels --n 10", "seed"),
+    ("bare.safetensors", "does not say how large"), ("alone.safetensors", "does not say what it was trained on"), ("run --features inception --weights none.pth", "none.pth|not installed")])
+def test_measuring_mistakes(words, message, run, capsys):
+    save_denoiser(EDMPrecond(UNet(1, 32, [1], attention=[])), "bare.safetensors")
+    save_denoiser(EDMPrecond(UNet(1, 32, [1], attention=[])), "alone.safetensors", dict(shape=[1, 8, 8]))
+    before = sorted(Path(".").rglob("*"))
+    line = errors(EVAL, f"{words} --out e.json --cache refs --quiet", capsys)
+    assert any(m in line for m in message.split("|")) and not Path("e.json").exists()
+    if "--seed" not in words: assert sorted(Path(".").rglob("*")) == before    # refused before anything is written
