@@ -8,7 +8,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/cli.html.md"""
 __all__ = ['DEFAULT', 'SOLVERS', 'run_command', 'train_images', 'sample_images', 'evaluate_run', 'train_main', 'sample_main',
            'eval_main']
 
-# %% ../nbs/23_cli.ipynb #626dc525
+# %% ../nbs/23_cli.ipynb #ee7dd0a2
 import json
 import math
 import os
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .augment import Augment
 from .core import Denoiser, image_grid
 from .data import DATASETS, SUFFIXES, ImageData, _attention, default_mults, load_data
+from .guidance import Guided
 from .metrics import Features, _rounded, classifier, evaluate, inception, pixel_features, table
 from .noise import LogNormal, karras_sigmas
 from .precond import EDMPrecond
@@ -167,7 +168,7 @@ def _label_rows(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     tiles[filled] = x
     return tiles.flatten(0, 1)
 
-# %% ../nbs/23_cli.ipynb #33fabfe9
+# %% ../nbs/23_cli.ipynb #291998c1
 def sample_images(
     run: str,                      # run folder, or a safetensors file
     n: int = None,                 # how many pictures; default: 8 for each label, 64 without labels
@@ -179,6 +180,8 @@ def sample_images(
     sigma_min: float = 0.002,      # last noise level above zero
     sigma_max: float = 80.,        # first noise level
     rho: float = 7.,               # larger spends more steps at low noise
+    guidance: float = 1.,          # how far towards the class; 1 is off, and 2 makes it clearer at the cost of variety
+    interval: str = None,          # noise levels with guidance, such as 0.2,5; default: all
     batch: int = 256,              # pictures made at a time
     scale: int = 4,                # screen pixels per picture pixel
     device: str = None,            # such as cpu or cuda; default: a GPU if there is one
@@ -192,7 +195,7 @@ def sample_images(
     sigmas, device = karras_sigmas(steps, sigma_min, sigma_max, rho), _usable(device)
     denoiser = load(run, device)
     shape, classes = _picture_shape(denoiser, run), _class_names(denoiser)
-    wanted = _parse_labels(labels, classes)
+    wanted, pushed = _parse_labels(labels, classes), _pushed(denoiser, guidance, interval)
     if n is None: n = 8 * len(wanted) or 64
     rows = max(min(len(wanted), n), 1)
     counts = torch.tensor([n // rows + (i < n % rows) for i in range(rows)])
@@ -200,13 +203,22 @@ def sample_images(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
 
     evaluations = 2 * steps - 1 if solver == "heun" else steps
-    with _counted(denoiser, evaluations * math.ceil(n / batch), not quiet) as counted:
+    with _counted(pushed, evaluations * math.ceil(n / batch), not quiet) as counted:
         x = _shared(counted, range(seed, seed + n), shape, sigmas, SOLVERS[solver], labels=each, batch=batch, device=device)
     if x is None: return    # another process writes
     grid = image_grid(x, scale=scale) if rows == 1 else image_grid(_label_rows(x, counts), int(counts.max()), scale)
     with replacing(out) as f: grid.save(f)
     print(f"wrote {out}: {n} picture{'s' * (n > 1)} by {steps} {solver} steps, {evaluations} evaluations of the network each")
     print(f"next, others: ddpm-edm-sample {shlex.quote(str(run))} --seed {seed + n} --out more.png")
+
+def _pushed(denoiser: EDMPrecond, guidance: float, interval: str | None) -> Denoiser:
+    "The denoiser with classifier-free guidance, if it is asked for."
+    if guidance == 1 and interval is None: return denoiser
+    if guidance == 1: raise ValueError(f"interval needs a guidance other than 1, got {interval!r}")
+    if not denoiser.net.num_labels: raise ValueError(f"guidance must be 1 for a model without classes, got {guidance:g}")
+    try: low, high = (float(level) for level in str(interval or "0,inf").split(","))
+    except ValueError: raise ValueError(f"interval must be two noise levels such as 0.2,5, got {interval!r}") from None
+    return Guided(denoiser, guidance, interval=(low, high))
 
 def _shared(denoise: Denoiser, seeds: range, *how, labels: torch.Tensor | None, **more) -> torch.Tensor | None:
     "`generate`; where several processes were launched each makes its share, and the first has all of them (the others None)."

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ddpm_edm import cli
 from ddpm_edm.cli import evaluate_run, run_command, sample_images, train_images
+from ddpm_edm.core import image_grid
 from ddpm_edm.data import _attention, default_mults, digits
 from ddpm_edm.metrics import evaluate, pixel_features, to_uint8
 from ddpm_edm.noise import karras_sigmas
@@ -372,7 +373,9 @@ def test_full_disk(monkeypatch, run, capsys):
     ("run --n 0", "n must be"), ("run --n -3", "n must be"), ("run --steps 0", "steps must be"), ("run --batch 0", "batch must be"),
     ("run --scale 0", "scale must be"), ("run --rho 0", "rho must be"), ("run --seed -1", "seeds must be"), ("run --seed 4294967296", "seeds must be"),
     ("run --sigma-min 5 --sigma-max 5", "sigma_min < sigma_max"), ("run --sigma-min 0", "sigma_min"), ("run --sigma-max inf", "sigma_max"),
-    ("run --solver rk4", "unipc, got 'rk4'"), ("run --device gpu", "'gpu' can't be used"), ("run --device meta", "'meta' can't be used"),
+    ("run --solver rk4", "unipc, got 'rk4'"), ("run --guidance nan", "w must be a finite number"),
+    ("run --guidance 2 --interval 3", "interval must be two noise levels such as 0.2,5, got '3'"), ("run --guidance 2 --interval 5,1", "0 <= low < high"),
+    ("run --interval 1,2", "interval needs a guidance other than 1"), ("run --device gpu", "'gpu' can't be used"), ("run --device meta", "'meta' can't be used"),
     ("run --out samples.xyz", "got 'samples.xyz'"), ("run --out samples", "got 'samples'"), ("run --out text.safetensors/s.png", "text.safetensors"),
     ("bare.safetensors", "does not say how large"),
 ])
@@ -424,6 +427,14 @@ def test_rows_are_one_label_each(run, monkeypatch, words, counts):
     for row, k in zip(got, counts):
         assert row[:k] == [round(float((torch.tensor(next(shades)) / n + 0.5) * 127.5)) for _ in range(k)]
         assert row[k:] == [255] * (max(counts) - k)
+
+
+def test_guidance_is_that_of_the_library(run):
+    from ddpm_edm.guidance import Guided
+    assert call(SAMPLE, "run --labels 1,2 --n 2 --steps 4 --guidance 2.5 --interval 0.1,9 --scale 1 --out g.png --quiet --device cpu") == 0
+    x = generate(Guided(load("run"), 2.5, interval=(0.1, 9.)), [0, 1], (1, 8, 8), karras_sigmas(4), labels=torch.tensor([1, 2]))
+    shown, wanted = (np.asarray(image).astype(int) for image in (Image.open("g.png"), image_grid(x, 1, scale=1)))
+    assert shown.shape == wanted.shape and abs(shown - wanted).max() <= 1    # a grey level of rounding
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler", "dpmpp_2m", "unipc"])
