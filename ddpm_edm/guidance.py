@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .core import Denoiser, expand
+from .core import Denoiser, _refused, expand
 
 # %% ../nbs/18_guidance.ipynb #6e2c9d8e
 class ClassifierGuided(nn.Module):
@@ -38,7 +38,10 @@ class ClassifierGuided(nn.Module):
         labels = _check_classes(labels, x)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            log_p = self.classifier(point, sigma).log_softmax(1).gather(1, labels.clamp(min=0)[:, None])
+            logits = self.classifier(point, sigma)
+            bad = _refused(labels, lambda v: (v >= -1) & (v < logits.shape[1]))    # looks on the CPU only
+            if bad: raise ValueError(f"labels must be -1 (none) to {logits.shape[1] - 1}, got {bad}")
+            log_p = logits.log_softmax(1).gather(1, labels.clamp(min=0)[:, None])
             push, = torch.autograd.grad((log_p[:, 0] * (labels >= 0)).sum(), point)
         return self.denoise(x, sigma, **cond) + self.w * expand(sigma, x)**2 * push
 
@@ -49,6 +52,7 @@ def _finite(name: str, value: float) -> float:
 def _check_classes(labels: Tensor | None, x: Tensor) -> Tensor:
     if labels is None: raise ValueError("labels must be given to a guided denoiser, (B,) with -1 for none, got None")
     if labels.shape != (len(x),): raise ValueError(f"labels must be ({len(x)},), one for each sample, got shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool: raise ValueError(f"labels must be integers, got {labels.dtype}")
     return labels
 
 # %% ../nbs/18_guidance.ipynb #d9c59690

@@ -170,6 +170,9 @@ def test_threshold(quantile, size):
     (lambda: Guided(WORLD, 2.)(torch.zeros(2, 2), 1.), "labels must be given to a guided denoiser"),
     (lambda: Guided(WORLD, 2.)(torch.zeros(2, 2), 1., torch.zeros(3, dtype=torch.int64)), r"labels must be \(2,\), one for each sample, got shape \(3,\)"),
     (lambda: ClassifierGuided(WORLD, WORLD.classifier)(torch.zeros(2, 2), 1., None), "labels must be given"),
+    (lambda: ClassifierGuided(WORLD.whole, WORLD.classifier)(torch.zeros(2, 2), 1., torch.tensor([0, 2])), r"labels must be -1 \(none\) to 1, got \[2\]"),
+    (lambda: ClassifierGuided(WORLD.whole, WORLD.classifier)(torch.zeros(2, 2), 1., torch.tensor([-2, 0])), r"to 1, got \[-2\]"),
+    (lambda: Guided(WORLD, 2.)(torch.zeros(2, 2), 1., torch.zeros(2)), "labels must be integers, got torch.float32"),
     (lambda: Thresholded(WORLD, 0.), "quantile must be above 0 and at most 1, got 0"),
     (lambda: Thresholded(WORLD, 1.5), "quantile must be above 0 and at most 1, got 1.5"),
 ])
