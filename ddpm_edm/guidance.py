@@ -55,7 +55,7 @@ def _check_classes(labels: Tensor | None, x: Tensor) -> Tensor:
     if labels.is_floating_point() or labels.dtype == torch.bool: raise ValueError(f"labels must be integers, got {labels.dtype}")
     return labels
 
-# %% ../nbs/18_guidance.ipynb #d9c59690
+# %% ../nbs/18_guidance.ipynb #ef371fa7
 class Guided(nn.Module):
     "D_u + w (D_c - D_u): classifier-free guidance (Ho & Salimans 2022), or autoguidance if `guide` is a worse model (Karras et al. 2024)."
     def __init__(
@@ -64,13 +64,15 @@ class Guided(nn.Module):
         w: float = 1.,                                 # 1 is off, more pushes away from D_u
         guide: Denoiser | None = None,                 # another D_u, asked with the same labels; default: `denoise` without labels
         interval: Sequence[float] = (0., math.inf),    # noise levels low < sigma <= high with guidance; elsewhere D_c
+        rescale: float = 0.,                           # how far the result gets back the spread of D_c's pixels, 0 to 1 (Lin et al. 2024)
     ):
         super().__init__()
         if getattr(getattr(denoise, "net", None), "num_labels", 1) == 0 and guide is None:
             raise ValueError("denoise must know labels to be guided by them, got a network with num_labels=0; a worse model can be its guide")
         low, high = interval
         if not 0 <= low < high: raise ValueError(f"interval must be (low, high) with 0 <= low < high, got {tuple(interval)}")
-        self.denoise, self.guide, self.w, self.interval = denoise, guide, _finite("w", w), (low, high)
+        if not 0 <= rescale <= 1: raise ValueError(f"rescale must be from 0 to 1, got {rescale}")
+        self.denoise, self.guide, self.w, self.interval, self.rescale = denoise, guide, _finite("w", w), (low, high), rescale
 
     def forward(
         self,
@@ -86,7 +88,12 @@ class Guided(nn.Module):
         else: return self.denoise(x, sigma, **cond)    # one estimate is enough
         if self.guide is None: D_c, D_u = _with_and_without(self.denoise, x, sigma, **cond)
         else: D_c, D_u = self.denoise(x, sigma, **cond), self.guide(x, sigma, **cond)
-        return D_c + (self.w - 1) * inside * (D_c - D_u)
+        D = D_c + (self.w - 1) * inside * (D_c - D_u)
+        return D * (1 + self.rescale * (_spread(D_c) / _spread(D) - 1)) if self.rescale else D
+
+def _spread(D: Tensor) -> Tensor:
+    "Standard deviation of each sample's pixels, (B, 1, ..., 1)."
+    return expand(D.flatten(1).std(1, correction=0).clamp(min=1e-6), D)
 
 def _with_and_without(denoise: Denoiser, x: Tensor, sigma: float | Tensor, labels: Tensor, **cond) -> tuple[Tensor, Tensor]:
     "Estimates with and without labels, by one call on a batch of twice the size."

@@ -203,6 +203,7 @@ def _check_images(x: Tensor, channels: int, levels: int) -> None:
 def _check_labels(labels: Tensor, num_labels: int) -> None:
     if not num_labels: raise ValueError("labels given to a network built with num_labels=0")
     if labels.ndim != 1: raise ValueError(f"labels must be (B,), got shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool: raise ValueError(f"labels must be integers, got {labels.dtype}")
     bad = _refused(labels, lambda v: (v >= -1) & (v < num_labels))    # looks on the CPU only
     if bad: raise ValueError(f"labels must be -1 (none) to {num_labels - 1}, got {bad}")
 

@@ -73,6 +73,30 @@ def test_guide_of_its_own_gets_labels_only_if_there_are_any():
     assert [sorted(s) for s in seen] == [["labels"], []]
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.floats(1, 8), st.floats(0, 1), st.integers(0, 1000))
+def test_rescaled_spread_lies_between(w, rescale, seed):
+    "At 1 each picture has the spread of D_c, and in between the spread is in proportion; nothing happens outside the interval."
+    g = torch.Generator().manual_seed(seed)
+    D_c, D_u = torch.randn(2, 3, 1, 4, 4, generator=g, dtype=torch.float64)
+    def spread(D): return D.flatten(1).std(1, correction=0)
+    def guided(rescale, sigma=1.): return Guided(lambda x, sigma: D_c, w, guide=lambda x, sigma: D_u, interval=(0.5, 2), rescale=rescale)(D_c, sigma)
+    plain = guided(0.)
+    torch.testing.assert_close(spread(guided(1.)), spread(D_c), atol=1e-12, rtol=0)
+    torch.testing.assert_close(spread(guided(rescale)), (1 - rescale) * spread(plain) + rescale * spread(D_c), atol=1e-12, rtol=0)
+    torch.testing.assert_close(guided(1., 3.), D_c, atol=0, rtol=0)
+    torch.testing.assert_close(guided(1., torch.tensor([0.1, 1., 3.]))[[0, 2]], D_c[[0, 2]], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rescale", [-0.1, 1.1, math.nan])
+def test_refuses_a_rescale_outside_0_and_1(rescale):
+    with pytest.raises(ValueError, match="rescale must be from 0 to 1"): Guided(WORLD, 2., rescale=rescale)
+
+
+def test_rescaling_a_flat_estimate_is_finite():
+    assert Guided(lambda x, sigma: 0 * x, 3., guide=lambda x, sigma: 0 * x, rescale=1.)(torch.ones(2, 3), 1.).isfinite().all()
+
+
 @pytest.mark.parametrize("sigma", [0.3, torch.tensor(0.3), torch.tensor([0.3]), torch.full((4,), 0.3)])
 def test_sigma_in_any_form(sigma):
     x, _, labels = draw(4)

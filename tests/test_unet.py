@@ -388,6 +388,7 @@ def test_settings_refused(settings, wanted):
     ((2, 1, 8, 8), [0, 3], r"-1 \(none\) to 2, got \[3\]"),
     ((2, 1, 8, 8), [-2, 0], r"got \[-2\]"),
     ((2, 1, 8, 8), [[0], [1]], r"labels must be \(B,\), got shape \(2, 1\)"),
+    ((2, 1, 8, 8), [0., 1.], "labels must be integers, got torch.float32"),
 ])
 def test_calls_refused(shape, labels, wanted):
     net = UNet(1, 32, mults=(1, 1, 1), num_labels=3)
