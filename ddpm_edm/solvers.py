@@ -94,7 +94,7 @@ def second_order(alpha: float = 1.) -> Callable:    # a step for `sample`
         return x + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_alpha), carry
     return step
 
-# %% ../nbs/08_solvers.ipynb #40e18f9a
+# %% ../nbs/08_solvers.ipynb #8861e7b4
 def generate(
     denoise: Denoiser,                  # what estimates x0 from (x, sigma)
     seeds: Iterable[int],               # one per sample
@@ -103,6 +103,7 @@ def generate(
     step: Callable = heun,              # solver
     *,
     labels: Tensor | None = None,       # classes, (len(seeds),), or none
+    x0: Tensor | None = None,           # a clean sample to begin from, noised by sigmas[0], of the shape given; default: noise alone
     batch: int = 256,                   # samples made at a time
     device: str | torch.device | None = None,   # where; default: with the denoiser's weights, or on the CPU
     progress: bool = False,             # show a progress bar
@@ -115,12 +116,15 @@ def generate(
         labels = torch.as_tensor(labels)
         if labels.shape != (len(seeds),):
             raise ValueError(f"labels must be ({len(seeds)},), one per seed, got shape {tuple(labels.shape)}")
+    if x0 is not None and tuple(x0.shape) != tuple(shape): raise ValueError(f"x0 must be one sample of shape {tuple(shape)}, got shape {tuple(x0.shape)}")
     if device is None: device = next((p.device for p in getattr(denoise, "parameters", list)()), "cpu")
     parts = []
     for start in tqdm(range(0, len(seeds), batch), disable=not progress):
         part = slice(start, start + batch)
         cond = {} if labels is None else {"labels": labels[part].to(device)}
-        x = sample(denoise, seeded_noise(seeds[part], shape, device=device), sigmas, step, **cond)
+        start = seeded_noise(seeds[part], shape, device=device)
+        if x0 is not None: start = start + x0.to(device) / sigmas[0]    # sample multiplies by sigmas[0]
+        x = sample(denoise, start, sigmas, step, **cond)
         parts.append(x.float().cpu())
     return torch.cat(parts)
 

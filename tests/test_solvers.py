@@ -344,6 +344,16 @@ def test_generate_uses_its_step_and_splits_labels_like_seeds():
     torch.testing.assert_close(x, torch.arange(5.)[:, None].expand(5, 2), rtol=0, atol=1e-5)   # lands on D = label
 
 
+def test_generate_begins_from_a_clean_sample(p):
+    x0, sigmas = torch.tensor([0.5, -1.]), karras_sigmas(6, sigma_max=0.7)
+    want = sample(p, (x0 + 0.7 * seeded_noise(range(5), (2,))) / 0.7, sigmas).float()
+    for batch in (2, 256):
+        torch.testing.assert_close(generate(p, range(5), (2,), sigmas, x0=x0, batch=batch), want, rtol=0, atol=1e-6)    # float32 start, of size 3 / 0.7
+    assert not torch.allclose(generate(p, range(5), (2,), sigmas), want)
+    with pytest.raises(ValueError, match=r"x0 must be one sample of shape \(2,\), got shape \(5, 2\)"):
+        generate(p, range(5), (2,), sigmas, x0=torch.zeros(5, 2))
+
+
 @pytest.mark.parametrize("shape", [(3,), (5,), (4, 1), ()])
 def test_generate_refuses_labels_of_wrong_length(p, shape):
     labels = torch.zeros(shape, dtype=torch.int64)
