@@ -22,6 +22,7 @@ setup(
         "Programming Language :: Python :: 3",
     ],
     python_requires=f">={cfg['min_python']}",
+    package_data={"ddpm_edm": ["py.typed"]},
     install_requires=lines("requirements"),
     extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "bench", "inception")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["ddpm_edm = ddpm_edm._modidx:d"]},

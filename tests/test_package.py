@@ -6,7 +6,10 @@ import zipfile
 from configparser import ConfigParser
 
 import pytest
+import torch
+import yaml
 from conftest import ROOT, copy_source, run
+from sklearn.datasets import load_sample_images
 
 INI = ConfigParser(delimiters=["="], interpolation=None)
 INI.read(ROOT / "settings.ini", encoding="utf-8")
@@ -30,7 +33,7 @@ def wheel(tmp_path_factory):
 def test_files(wheel):
     modules = {f"ddpm_edm/{p.name}" for p in (ROOT / "ddpm_edm").glob("*.py")}
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == modules   # no notebooks, tests or tools
+    assert names == modules | {"ddpm_edm/py.typed"}   # no notebooks, tests or tools
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
 
 
@@ -52,6 +55,26 @@ def test_metadata(wheel):
     scripts.read_string(info["entry_points.txt"])
     assert dict(scripts["console_scripts"]) == dict(re.split(r"\s*=\s*", line) for line in lines("console_scripts"))
     assert dict(scripts["nbdev"]) == {"ddpm_edm": "ddpm_edm._modidx:d"}
+
+
+def test_the_citation_names_this_version():
+    "CITATION.cff is read by GitHub, Zenodo and reference managers."
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == re.search('"(.+)"', (ROOT / "ddpm_edm/__init__.py").read_text())[1]
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software" and citation["authors"] and citation["license"] == "Apache-2.0"
+
+
+def test_contributing_examples_work(monkeypatch):
+    "The solver and the data set that CONTRIBUTING.md adds are right, and short as it says."
+    from ddpm_edm import data
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+    solver, check, added = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    space = {}
+    for block in (solver, check, added): exec(block, space)    # `check` asserts the measured order
+    assert len(solver.splitlines()) <= 20
+    photographs = data.load_data("photographs")
+    assert (len(photographs), photographs.shape, photographs.num_labels) == (520, (3, 32, 32), 2)
+    assert torch.equal(photographs.images[21], torch.tensor(load_sample_images().images[0][32:64, 32:64]).permute(2, 0, 1))    # second row, second column
 
 
 def test_requirements_have_only_lower_bounds():
