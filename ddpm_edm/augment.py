@@ -74,7 +74,7 @@ def downsample(x: Tensor) -> Tensor:
     return _filter(x, F.conv2d)
 
 # %% ../nbs/13_augment.ipynb #5e1c39d3
-def _margins(M: Tensor, H: int, W: int) -> tuple[int, int, int, int]:
+def _margins(M: Tensor, H: int, W: int) -> tuple[int, ...]:
     "Pixels needed beyond the left, right, top and bottom: as far as a corner is read from, and the filter; from M on the CPU."
     x, y = (W - 1) / 2, (H - 1) / 2
     corners = torch.tensor([[-x, x, -x, x], [-y, -y, y, y], [1, 1, 1, 1]], dtype=torch.float64)
@@ -95,17 +95,17 @@ def warp(
     pixels = translation(0.25, 0.25) @ scaling(width / 4, height / 4)
     reading = scaling(4 / x.shape[3], 4 / x.shape[2]) @ translation((left - right) / 2 - 0.25, (top - bottom) / 2 - 0.25)
     theta = (reading @ M @ pixels)[:, :2].to(x.dtype).to(x.device, non_blocking=True)
-    grid = F.affine_grid(theta, (*x.shape[:2], height, width), align_corners=False)
+    grid = F.affine_grid(theta, [*x.shape[:2], height, width], align_corners=False)
     return downsample(F.grid_sample(x, grid, align_corners=False))
 
 # %% ../nbs/13_augment.ipynb #edf2ea5d
 def colours(
-    luma=1.,      # factor along the grey axis
-    chroma=1.,    # factor across it
-    hue=0.,       # turn about it, radians
-    shift=0.,     # added to red, green and blue
-) -> Tensor:      # (B, 4, 4) float64, acting on (red, green, blue, 1)
-    "What happens to the grey axis and to the plane of colours across it; arguments are floats or (B,)."
+    luma: float | Tensor = 1.,      # factor along the grey axis, a float or (B,) as all of them
+    chroma: float | Tensor = 1.,    # factor across it
+    hue: float | Tensor = 0.,       # turn about it, radians
+    shift: float | Tensor = 0.,     # added to red, green and blue
+) -> Tensor:                        # (B, 4, 4) float64, acting on (red, green, blue, 1)
+    "What happens to the grey axis and to the plane of colours across it."
     luma, chroma, hue, shift = (torch.as_tensor(v, dtype=torch.float64) for v in (luma, chroma, hue, shift))
     even = (luma + 2 * chroma * hue.cos()) / 3
     left, right = ((luma - chroma * (hue.cos() + s * 3**0.5 * hue.sin())) / 3 for s in (1, -1))

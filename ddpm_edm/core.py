@@ -110,6 +110,7 @@ class Denoiser(Protocol):
         self,
         x: Tensor,               # noisy sample, (B, *)
         sigma: float | Tensor,   # noise standard deviation in data units, float, 0-d or (B,)
+        *args: Any,              # nothing is passed here; beside `cond` it tells type checkers that a denoiser need not take any
         **cond: Any,             # conditioning, such as `labels` (B,)
     ) -> Tensor: ...             # D, the estimate of x0, (B, *)
 
@@ -179,7 +180,7 @@ def check_count(name: str, n: int, least: int = 1) -> None:
     "Refuse a number of things that is none."
     if not isinstance(n, Integral) or n < least: raise ValueError(f"{name} must be a whole number and at least {least}, got {n!r}")
 
-def check_like(name: str, value: Tensor, x: Tensor) -> Tensor:
+def check_like(name: str, value: Any, x: Tensor) -> Tensor:
     "The value in x's dtype and on its device, refused unless it is a tensor of x's shape."
     if isinstance(value, Tensor) and value.shape == x.shape: return value.to(x)
     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -198,14 +199,14 @@ def as_state(noise: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def check_falling(name: str, values: Tensor, least: int = 2) -> list[float]:
     "A schedule's values as floats, refused unless they are at least so many, finite, decrease and stay at or above zero."
-    values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-    if values.ndim != 1 or len(values) < least:
-        raise ValueError(f"{name} must hold at least {least} values in one axis, got shape {tuple(values.shape)}")
-    values = values.tolist()
-    for i, (high, low) in enumerate(zip([math.inf, *values], values)):
+    given = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if given.ndim != 1 or len(given) < least:
+        raise ValueError(f"{name} must hold at least {least} values in one axis, got shape {tuple(given.shape)}")
+    levels = given.tolist()
+    for i, (high, low) in enumerate(zip([math.inf, *levels], levels)):
         if not high > low >= 0:    # false for nan too
             raise ValueError(f"{name} must be finite, decrease and stay at 0 or above; got {low:g} at index {i}" + f" after {high:g}" * (i > 0))
-    return values
+    return levels
 
 # %% ../nbs/00_core.ipynb #8fc2e434
 def _log_snr_of(value: Tensor, scale: str, beta_d: float, beta_min: float) -> Tensor:

@@ -46,7 +46,7 @@ class ImageData:
     "Images held in memory as uint8, on any device, and served as float batches in [-1, 1]."
     def __init__(
         self,
-        images: Tensor,                          # (N, C, H, W) uint8, torch or numpy
+        images: Tensor | np.ndarray,             # (N, C, H, W) uint8
         labels: Tensor | None = None,            # (N,) integers from 0, or none
         classes: Sequence[str] | None = None,    # a name for each label; default: the numbers
         name: str = "images",                    # for messages and run folders
@@ -64,8 +64,8 @@ class ImageData:
         self.classes, self.name, self.max_value, self.device = classes or [], name, max_value, images.device
 
     @classmethod
-    def from_float(cls, x: Tensor, labels=None, classes=None, name: str = "images") -> "ImageData":
-        "Images from floats in [-1, 1], (N, C, H, W), torch or numpy; kept as 8 bits, so a pixel may move by 1/255."
+    def from_float(cls, x: Tensor | np.ndarray, labels=None, classes=None, name: str = "images") -> "ImageData":
+        "Images from floats in [-1, 1], (N, C, H, W); kept as 8 bits, so a pixel may move by 1/255."
         x = torch.as_tensor(x)
         if not x.is_floating_point(): raise ValueError(f"x must be floats, got {x.dtype}; uint8 goes to ImageData itself")
         for wrong, what in ((~x.isfinite(), "not finite"), (x.abs() > 1, "outside [-1, 1]")):
@@ -83,7 +83,8 @@ class ImageData:
     @property
     def shape(self) -> tuple[int, int, int]:
         "(C, H, W)"
-        return tuple(self.images.shape[1:])
+        _, C, H, W = self.images.shape
+        return C, H, W
 
     @property
     def num_labels(self) -> int: return len(self.classes)
@@ -121,7 +122,8 @@ class ImageData:
 
     def stats(self) -> Stats:
         "Exact mean and standard deviation of all pixels, from their histogram."
-        counts = sum(torch.bincount(piece.flatten(), minlength=256) for piece in self.pieces()).double()
+        counts = torch.zeros(256, dtype=torch.float64)
+        for piece in self.pieces(): counts += torch.bincount(piece.flatten(), minlength=256)
         value = torch.arange(256, dtype=torch.float64) * (2 / self.max_value) - 1
         p = counts / counts.sum()
         mean = (p * value).sum()
@@ -138,8 +140,8 @@ class ImageData:
 def digits() -> ImageData:
     "1797 scanned digits, 1 x 8 x 8 with 17 grey levels, that come with scikit-learn (Alpaydin & Kaynak 1998)."
     from sklearn.datasets import load_digits
-    d = load_digits()
-    return ImageData(torch.tensor(d.images, dtype=torch.uint8)[:, None], torch.tensor(d.target), name="digits", max_value=16)
+    pixels, labels = load_digits(return_X_y=True)
+    return ImageData(torch.tensor(pixels, dtype=torch.uint8).reshape(-1, 1, 8, 8), torch.tensor(labels), name="digits", max_value=16)
 
 # %% ../nbs/12_data.ipynb #0cbeb993
 def _why(e: Exception) -> str: return str(e) or type(e).__name__
@@ -172,14 +174,14 @@ def _fit_picture(image, size: tuple[int, int] | None, mode: str) -> Tensor:
     "A PIL image, upright, scaled to cover (H, W) and cut to it around the centre; (C, H, W) uint8."
     from PIL import Image, ImageOps
     image = ImageOps.exif_transpose(image)
-    size = size or image.size[::-1]
+    H, W = size or (image.height, image.width)
     if image.mode == "F": raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):    # 16-bit grey; Pillow would clip it to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if mode != "RGBA" and ("A" in image.getbands() or "transparency" in image.info):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
+    image = ImageOps.fit(image.convert(mode), (W, H), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).reshape(H, W, -1).permute(2, 0, 1)
 
 def _read_image(path: Path, size: tuple[int, int], mode: str) -> Tensor:
     "One picture file, fitted."
@@ -213,7 +215,7 @@ def _in_order(read: Callable[[int], Tensor], n: int) -> Iterator[Tensor | Except
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, n, 256): yield from pool.map(one, range(start, min(start + 256, n)))
 
-def _in_memory(images: Iterable[Tensor], n: int, shape: tuple[int, int, int]) -> Tensor:
+def _in_memory(images: Iterable[Tensor], n: int, shape: Sequence[int]) -> Tensor:
     "At most n images as one tensor."
     try: room = torch.empty(n, *shape, dtype=torch.uint8)
     except RuntimeError as e:
@@ -244,7 +246,7 @@ def image_folder(
             elif strict: raise ValueError(f"cannot read picture {f}: {_why(image)}") from image
             else: damaged.append(f"{f} ({_why(image)})")
 
-    def about():
+    def about() -> dict:
         if not read: raise FileNotFoundError(f"none of the {len(files)} pictures in {path} can be read; the first is {damaged[0]}")
         classes = sorted({parts[0] for parts in read if len(parts) > 1})
         return dict(labels=[classes.index(parts[0]) for parts in read] if classes else None, classes=classes, damaged=damaged)
@@ -257,10 +259,10 @@ def image_folder(
         state = [(f.relative_to(path).parts, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         file = Path(cache) / f"{name[:60]} {mode} {size[0]}x{size[1]} {_hash(path.resolve())[:8]}.pixels"
         data, found = _cached(file, _hash((shape, state)), images(), len(files), about, shape, name)
-    if damaged := found["damaged"]:
-        if strict: raise ValueError(f"cannot read picture {damaged[0]}")
-        more = f" and {len(damaged) - 5} more" * (len(damaged) > 5)
-        warnings.warn(f"skipped {len(damaged)} of {len(files)} pictures that can't be read: {', '.join(damaged[:5])}{more}", stacklevel=2)
+    if skipped := found["damaged"]:
+        if strict: raise ValueError(f"cannot read picture {skipped[0]}")
+        more = f" and {len(skipped) - 5} more" * (len(skipped) > 5)
+        warnings.warn(f"skipped {len(skipped)} of {len(files)} pictures that can't be read: {', '.join(skipped[:5])}{more}", stacklevel=2)
     return data
 
 # %% ../nbs/12_data.ipynb #a5eee562
@@ -273,7 +275,7 @@ def load_data(
     cache: str | Path | None = None,    # for a folder: where to keep the decoded pictures, if memory can't
 ) -> ImageData:
     "Data by name, or from a folder of pictures."
-    if name in DATASETS:
+    if isinstance(name, str) and name in DATASETS:
         if size is not None: raise ValueError(f"size is for a folder of pictures; {name} comes in one size (a folder of that name is ./{name})")
         return DATASETS[name]()
     if not str(name) or not Path(name).is_dir():
@@ -303,7 +305,7 @@ def spectrum(data: ImageData) -> Tensor:    # (C, H, W) float64: first index pri
     cov = sum(torch.einsum("nchw,ndhw->cd", x - mean, x - mean) for x in images())
     colours = torch.linalg.eigh(cov).eigenvectors.flip(1)    # the strongest first
     def waves(x): return _cosines(H) @ torch.einsum("nchw,cd->ndhw", x - mean, colours) @ _cosines(W).T
-    return sum(waves(x).square().sum(0) for x in images()) / len(data)
+    return sum((waves(x).square().sum(0) for x in images()), torch.zeros(())) / len(data)
 
 # %% ../nbs/12b_recipe.ipynb #ff0d402e
 def linear_gain(
@@ -336,7 +338,7 @@ def diameter(
     def images(): return (data.batch(slice(i, i + step))[0].flatten(1) for i in range(0, len(data), step))
     def from_(a): return torch.cat([(x - a).norm(dim=1).cpu() for x in images()])
     def image(i): return data.batch(slice(int(i), int(i) + 1))[0].flatten(1)
-    r, longest = from_(sum(x.double().sum(0) for x in images()).div(len(data)).float()), 0.
+    r, longest = from_((sum((x.double().sum(0) for x in images()), torch.zeros(())) / len(data)).float()), 0.
     i = r.argmax()
     for _ in range(4):
         far = from_(image(i))
@@ -610,7 +612,7 @@ def from_dataset(
 
     pixels, first = item(0)
     shape, mode = pixels.shape, "L" if len(pixels) == 1 else "RGB"
-    def about():
+    def about() -> dict:
         if first is None: return dict(labels=None, classes=[])
         classes = getattr(dataset, "classes", None)
         return dict(zip(("labels", "classes"), (found, list(map(str, classes or range(max(0, *found, 0) + 1))))))

@@ -12,7 +12,7 @@ __all__ = ['PREDICTS', 'VARIANCES', 'StepBack', 'normal_kl', 'discretized_gaussi
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +83,13 @@ class _Forward:
     def respace(
         self,
         rows: Tensor,    # rows of the table to keep, (n,) int64, rising
-    ) -> "_Forward":     # the same kind of chain with n steps; networks are still told the old step numbers
+    ) -> "DDPM":         # the same kind of chain with n steps; networks are still told the old step numbers
         "A chain that visits some of the noise levels only (Nichol and Dhariwal 2021, section 4)."
         rows = torch.as_tensor(rows, device="cpu")
         if rows.ndim != 1 or not 1 <= len(rows) <= self.T or rows.is_floating_point() or not ((rows >= 0) & (rows < self.T)).all() or not (rows.diff() > 0).all():
             raise ValueError(f"rows must be (n,) whole numbers that rise, from 0 to {self.T - 1}, got shape {tuple(rows.shape)} from {rows.flatten()[:5].tolist()}")
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[rows][:-1]])
-        chain = copy.copy(self)
+        chain: Any = copy.copy(self)
         chain._fill(1 - self.alpha_bars[rows] / before, self.timesteps[rows])
         return chain
 
@@ -176,8 +176,7 @@ class _Reverse(_Forward):
         D = self._estimate(value, x_t, t)
         if clip: D = D.clamp(-1, 1)
         small, large = self._at(self._small, t, x_t), self._at(self.betas.log(), t, x_t)
-        if self.variance == "small": log_var = small
-        elif self.variance == "large": log_var = self._at(self._large, t, x_t)
+        if extra is None: log_var = small if self.variance == "small" else self._at(self._large, t, x_t)
         elif self.variance == "learned": log_var = extra
         else: log_var = small + (extra + 1) / 2 * (large - small)    # extra from -1 to 1: between the two
         return StepBack(self.q_posterior(D, x_t, t)[0], log_var, D)
@@ -282,6 +281,7 @@ class _Training(_Bound):
         error = (value - self.target(x0, x_t, t, noise)).square()
         loss = error.reshape(len(x0), x0.shape[1:].numel()).mean(1)
         if kind == "simple": return loss
+        assert extra is not None    # kind "hybrid" has a learned variance
         said = torch.cat([value.detach(), extra], 1)    # the bound teaches the variance alone
         return loss + 0.001 * self.T * self.vb_terms_bpd(lambda x_t, t: said, x0, x_t, t, levels=levels)
 

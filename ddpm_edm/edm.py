@@ -187,13 +187,14 @@ def ablation_sampler(
     low, high = (default if given is None else given for given, default in zip((sigma_min, sigma_max), ranges[discretization]))
     if not 0 < low < high < math.inf: raise ValueError(f"need 0 < sigma_min < sigma_max < infinity, got {low} and {high}")
 
-    if "vp" in (discretization, schedule): vp = vp_clock(low, high, epsilon_s)
-    if discretization == "vp": sigmas = [vp.sigma(t) for t in torch.linspace(1, epsilon_s, num_steps, dtype=torch.float64).tolist()] + [0.]
+    if discretization == "vp":
+        times = torch.linspace(1, epsilon_s, num_steps, dtype=torch.float64).tolist()
+        sigmas = torch.tensor([*map(vp_clock(low, high, epsilon_s).sigma, times), 0.], dtype=torch.float64)
     elif discretization == "ve": sigmas = geometric_sigmas(num_steps, low, high)
     elif discretization == "iddpm": sigmas = iddpm_sigmas(num_steps, low, high, C_1, C_2, M)
     else: sigmas = karras_sigmas(num_steps, low, high, rho)
 
-    clock = {"linear": LINEAR_CLOCK, "ve": ROOT_CLOCK}.get(schedule) or vp
+    clock = vp_clock(low, high, epsilon_s) if schedule == "vp" else {"linear": LINEAR_CLOCK, "ve": ROOT_CLOCK}[schedule]
     churn = Churn(num_steps, S_churn, S_min, S_max, S_noise, noise_fn or torch.randn_like)
     return sample(denoise, noise, sigmas, clock_step(clock, scaling, solver, alpha), churn=churn if S_churn else None,
                   callback=callback, progress=progress, dtype=dtype, **cond)

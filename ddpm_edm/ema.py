@@ -72,7 +72,7 @@ class EMA:
         for mine, its in zip(own, new):
             if [t.shape for t in mine] != [t.shape for t in its]:
                 raise ValueError("model must be the network that was copied; its parameters or buffers differ in number or shape")
-        torch._foreach_lerp_(own[0], new[0], 1 - beta)
+        torch._foreach_lerp_(own[0], new[0], 1 - beta)    # pyright: ignore[reportPrivateImportUsage]
         for mine, its in zip(own[1], new[1]): mine.copy_(its)
 
 # %% ../nbs/14b_power_ema.ipynb #c4efc6ea
@@ -167,9 +167,9 @@ def ema_misfit(
 
 # %% ../nbs/14b_power_ema.ipynb #fb3c8dc0
 def reconstruct(
-    snapshots: Sequence[tuple],         # (sigma_rel, seen, load) of each: load() gives a state dict, or load is one
-    coefficients: Sequence[float],      # share of each, sum 1
-) -> dict[str, Tensor]:                 # float32 or float64; integers are those of the snapshot with the largest share
+    snapshots: Sequence[tuple],                # (sigma_rel, seen, load) of each: load() gives a state dict, or load is one
+    coefficients: Sequence[float] | Tensor,    # share of each, sum 1
+) -> dict[str, Tensor]:                        # float32 or float64; integers are those of the snapshot with the largest share
     "The weighted sum of state dicts, read one at a time."
     shares = [float(c) for c in coefficients]
     if len(shares) != len(snapshots):
@@ -180,7 +180,8 @@ def reconstruct(
     for i in sorted(range(len(shares)), key=lambda i: -shares[i]):
         if abs(shares[i]) < 1e-10: continue    # below float32 rounding: not worth reading
         total += shares[i]
-        _move(mean, *snapshots[i][:3], shares[i] / total)
+        sigma_rel, seen, state, *_ = snapshots[i]
+        _move(mean, sigma_rel, seen, state, shares[i] / total)
     return mean
 
 @torch.no_grad()

@@ -74,9 +74,9 @@ def ode_log_prob(
     if len(levels) < 2: raise ValueError(f"sigmas must hold at least 2 levels above 0, got {levels}")
     x, prior = _prepared(x, prior, sigma_data)
     if v is not None:
-        v = v if getattr(v, "ndim", 0) == x.ndim + 1 else [v]
-        if not len(v): raise ValueError("v must hold at least one probe for each sample, got none")
-        v = torch.stack([check_like("v", u, x) for u in v])
+        probes = v if getattr(v, "ndim", 0) == x.ndim + 1 else [v]
+        if not len(probes): raise ValueError("v must hold at least one probe for each sample, got none")
+        v = torch.stack([check_like("v", u, x) for u in probes])
     d, ask = x.shape[1:].numel(), partial(denoise, **cond)
 
     def with_volume(z, sigma):    # a denoiser of x and, in the last coordinate, of the log of the volume
@@ -293,12 +293,14 @@ def _levels_of(x: Tensor, levels: int) -> Tensor:
 def _check_options(x, method, levels, dequantize, importance, probes, seeds, labels, **counts) -> None:
     if method not in METHODS: raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
     for name, n in counts.items(): check_count(name, n)
-    check_count("probes", probes, 0), check_finite("x", x)
+    check_count("probes", probes, 0)
+    check_finite("x", x)
     if x.ndim < 2 or 0 in x.shape: raise ValueError(f"x must be (B, *event) and not empty, got shape {tuple(x.shape)}")
     if levels is not None: check_count("levels", levels, 2)
     elif method == "ddpm" or dequantize is not None or importance: raise ValueError("levels must be a number for method 'ddpm', dequantize or importance, got None")
     if method == "ddpm" and dequantize is not None: raise ValueError("dequantize must be None for method 'ddpm', which speaks of grey levels itself")
-    if getattr(dequantize, "levels", levels) != levels: raise ValueError(f"dequantize must be made for {levels} levels, got {dequantize.levels}")
+    its = getattr(dequantize, "levels", levels)
+    if its != levels: raise ValueError(f"dequantize must be made for {levels} levels, got {its}")
     if importance and (method != "ode" or probes): raise ValueError("importance must be False but for method 'ode' with probes=0: a logarithm of weights with other noise exceeds the truth")
     if len(seeds) != len(x): raise ValueError(f"seeds must be {len(x)}, one for each sample, got {len(seeds)}")
     if labels is not None and labels.shape != (len(x),): raise ValueError(f"labels must be ({len(x)},), one for each sample, got shape {tuple(labels.shape)}")
@@ -331,13 +333,15 @@ def bits_per_dim(
     _check_options(x, method, levels, dequantize, importance, probes, seeds, labels, draws=1 if draws is None else draws, steps=steps, batch=batch)
     if levels is not None: x = _levels_of(x, levels)
     if sigma_min is None: sigma_min = 0.002 if levels is None else 1 / (levels - 1)
-    density, common = levels is None or dequantize is not None, dict(prior=prior, sigma_data=sigma_data, draws=draws)
+    common, decode = dict(prior=prior, sigma_data=sigma_data, draws=draws), None
+    if levels is not None and dequantize is None:    # grey levels, and no word on how they are met
+        if method == "elbo": decode = partial(level_log_prob, levels=levels)
+        if method == "ode": dequantize = Dequantizer(levels)
     if method == "elbo":
-        decode = None if density else partial(level_log_prob, levels=levels)
         measure = partial(elbo, sigma_min=sigma_min, sigma_max=sigma_max, decode=decode, dequantize=dequantize, **common)
     elif method == "ode":
         measure = partial(_by_ode, sigmas=karras_sigmas(steps + 1, sigma_min, sigma_max), step=step, probes=probes, importance=importance,
-                          dequantize=dequantize if density else Dequantizer(levels), **common)
+                          dequantize=dequantize, **common)
     else: measure = partial(_by_chain, chain=DDPM(linear_betas(), variance="large") if chain is None else chain, levels=levels, draws=draws)
     parts = []
     for i in range(0, len(x), batch):
@@ -360,7 +364,8 @@ def fit_dequantizer(
     labels: Tensor | None = None,      # classes, (N,), or none
 ) -> Dequantizer:
     "Train the place in the bin on E[log p(x'; sigma) - log q(x' | x)]; the gradient of log p is the score."
-    check_count("steps", steps), check_count("batch", batch)
+    check_count("steps", steps)
+    check_count("batch", batch)
     parameters = list(dequantizer.parameters())
     if not parameters: raise ValueError("dequantizer must have a network with parameters, got a uniform one")
     x, g = _levels_of(x, dequantizer.levels), torch.Generator().manual_seed(seed)
@@ -373,5 +378,6 @@ def fit_dequantizer(
         with torch.no_grad(): score = score_of(denoise(place, sigma, **({} if labels is None else {"labels": labels[i]})), place, sigma)
         opt.param_groups[0]["lr"] = lr * (1 - k / steps)
         (log_q - _sum(score * place)).mean().backward()
-        opt.step(), opt.zero_grad()
+        opt.step()
+        opt.zero_grad()
     return dequantizer

@@ -388,8 +388,8 @@ class Features:
         preprocessing: str = "uint8 as it is",    # what it does to pictures first
         inception: bool = False,                  # whether its Fréchet distance is the FID
     ):
-        weights = isinstance(net, nn.Module) and net.state_dict()
-        self.net, self.name = net.eval() if weights else net, f"{name} {weights_hash(net)}" if weights else name
+        self.net, self.name = net, name
+        if isinstance(net, nn.Module) and net.state_dict(): self.net, self.name = net.eval(), f"{name} {weights_hash(net)}"
         self.preprocessing, self.inception = preprocessing, inception
 
     def __repr__(self) -> str: return self.name
@@ -414,7 +414,8 @@ class Features:
         return torch.cat(list(self.batches(images, batch)))
 
 def _averaged(x: Tensor, most: int = 16) -> Tensor:
-    return nn.functional.adaptive_avg_pool2d(x.float(), [min(side, most) for side in x.shape[-2:]]).flatten(1) / 127.5 - 1
+    B, C, H, W = x.shape
+    return nn.functional.adaptive_avg_pool2d(x.float(), (min(H, most), min(W, most))).flatten(1) / 127.5 - 1
 
 pixel_features = Features(_averaged, "pixels", "averaged to at most 16 x 16")    # needs no network
 
@@ -462,6 +463,9 @@ def _download(url: str, file: Path, sha256: str) -> None:
 # %% ../nbs/16c_judges.ipynb #7d0147b0
 class Classifier(nn.Module):
     "A small convolutional network for uint8 pictures; what its last layer sees are the features."
+    mean: Tensor    # (features,), over the data
+    std: Tensor
+
     def __init__(self, channels: int, side: int, num_labels: int, width: int = 32, features: int = 64):
         super().__init__()
         layers, last = [], channels
@@ -486,6 +490,8 @@ def train_classifier(
     "A classifier of the data, whose features then judge samples."
     if not data.num_labels: raise ValueError(f"a classifier needs labels, and {data.name} has none; take other features")
     known, rest = data.split(0.9, seed)
+    named, unseen = known.labels, rest.labels
+    assert named is not None and unseen is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier(data.shape[0], min(data.shape[1:]), data.num_labels).to(data.device)
@@ -493,12 +499,12 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, math.ceil(images / batch))
         for _ in range(math.ceil(images / batch)):
             rows = torch.randint(len(known), (batch,), generator=g)
-            loss = nn.functional.cross_entropy(net.logits(_as_pictures(known, rows)), known.labels[rows])
+            loss = nn.functional.cross_entropy(net.logits(_as_pictures(known, rows)), named[rows])
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
     net.eval().requires_grad_(False)
     inner = torch.cat([net.inner(_as_pictures(known, rows)) for rows in torch.arange(min(len(known), 10_000)).split(256)])
     net.mean, net.std = inner.mean(0), inner.std(0) + 1e-6
-    def right(rows): return (net.logits(_as_pictures(rest, rows)).argmax(1) == rest.labels[rows]).sum().item()
+    def right(rows): return (net.logits(_as_pictures(rest, rows)).argmax(1) == unseen[rows]).sum().item()
     return net, sum(map(right, torch.arange(len(rest)).split(256))) / len(rest)
 
 # %% ../nbs/16c_judges.ipynb #2d2e8966

@@ -57,7 +57,7 @@ class Gaussian:
 
     def log_prob(self, x: Tensor, sigma: float | Tensor = 0.) -> Tensor:
         "log p(x; sigma) in nats, (B,): the density of the data with noise of level sigma added."
-        var = sum(_variances(x, sigma, self.std, self.mean.shape))
+        var = torch.add(*_variances(x, sigma, self.std, self.mean.shape))
         log_p = -0.5 * ((x - self.mean.to(x))**2 / var + (2 * math.pi * var).log())
         return log_p.reshape(-1, self.mean.numel()).sum(1)
 
@@ -68,7 +68,7 @@ class Gaussian:
 
     def score(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         "Gradient of log p(x; sigma), (B, *event)."
-        var = sum(_variances(x, sigma, self.std, self.mean.shape))
+        var = torch.add(*_variances(x, sigma, self.std, self.mean.shape))
         return (self.mean.to(x) - x) / var
 
 # %% ../nbs/01_oracle.ipynb #794c84d0
@@ -89,9 +89,9 @@ class Mixture:
         self.means = means = _floating(means)
         if means.ndim < 1 or 0 in means.shape:
             raise ValueError(f"means must be (K, *event), not empty, got shape {tuple(means.shape)}")
-        K, like = len(means), dict(dtype=means.dtype, device=means.device)
+        K = len(means)
         self.stds = _stds("stds", stds, means, (K,))
-        self.weights = torch.full((K,), 1 / K, **like) if weights is None else torch.as_tensor(weights, **like)
+        self.weights = means.new_full((K,), 1 / K) if weights is None else torch.as_tensor(weights, dtype=means.dtype, device=means.device)
         if self.weights.shape != (K,) or not ((self.weights >= 0).all() and abs(self.weights.sum() - 1) <= 1e-6):
             first, total = self.weights.flatten()[:5].tolist(), self.weights.sum().item()
             got = f"shape {tuple(self.weights.shape)} from {first}, sum {total:g}"
@@ -158,7 +158,7 @@ class Empirical:
         check_sigma(sigma)
         data, var = self.data.reshape(len(self.data), -1), expand(sigma, x).reshape(-1, 1)**2
         x = x.reshape(len(x), data.shape[1])
-        m, s, v = x.new_full((len(x), 1), -math.inf), 0., 0.
+        m, s, v = x.new_full((len(x), 1), -math.inf), x.new_zeros(len(x), 1), torch.zeros_like(x)
         for part in data.split(max(1, _BLOCK // max(x.shape))):
             part = part.to(x)
             a = _sq_dist(x, part) / (-2 * var)

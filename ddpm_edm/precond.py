@@ -144,11 +144,11 @@ class DenoisingLoss:
     ) -> Tensor:                                      # (B,): weighted squared error, mean over pixels
         "Loss of each sample."
         if x0.dtype not in (torch.float32, torch.float64): raise ValueError(f"x0 must be float32 or float64, got {x0.dtype}")
-        if sigma is None: sigma = self.noise.sample(len(x0), generator).to(x0)
-        else: check_sigma(sigma)
+        if sigma is not None: check_sigma(sigma)
+        levels: Tensor = self.noise.sample(len(x0), generator).to(x0) if sigma is None else sigma
         if n is None: n = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
-        s = expand(sigma, x0)
-        D = check_like("denoise's output", denoise(x0 + s * check_like("n", n, x0), sigma, **cond), x0)
+        s = expand(levels, x0)
+        D = check_like("denoise's output", denoise(x0 + s * check_like("n", n, x0), levels, **cond), x0)
         return (self.weight(s) * (D - x0)**2).flatten(1).mean(1)
 
 # %% ../nbs/07_precond.ipynb #f7c32bcc
@@ -169,7 +169,7 @@ class EDMLoss(DenoisingLoss):
 @dataclass(frozen=True)
 class VPLoss(DenoisingLoss):
     "DDPM's error of the noise, at uniform VP time (Song et al. 2021; Karras et al. 2022, Table 1)."
-    noise: VPNoise = VPNoise()
+    noise: VPNoise | LogUniform = VPNoise()
 
     def weight(self, sigma: Tensor) -> Tensor:
         "lambda(sigma) = 1 / sigma^2."
@@ -196,6 +196,9 @@ class MinSNRLoss(DenoisingLoss):
 # %% ../nbs/07_precond.ipynb #76ef5281
 class LearnedWeight(nn.Module):
     "Any loss divided by its own learned size: loss / e^u(sigma) + u(sigma) (Karras et al. 2024). Train it with the denoiser."
+    freqs: Tensor
+    phases: Tensor
+
     def __init__(
         self,
         loss: DenoisingLoss,     # what to weigh, such as EDMLoss()

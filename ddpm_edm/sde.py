@@ -32,6 +32,12 @@ class SDE:
     "A process `dx = rate(t) x dt + diffusion(t) dw`, so that `x = scale(t) x0 + std(t) n`; a subclass gives these four and `time`."
     t_min: ClassVar[float] = 0.    # where sampling stops
 
+    def rate(self, t: float | Tensor) -> Tensor: raise NotImplementedError
+    def diffusion(self, t: float | Tensor) -> Tensor: raise NotImplementedError
+    def scale(self, t: float | Tensor) -> Tensor: raise NotImplementedError
+    def std(self, t: float | Tensor) -> Tensor: raise NotImplementedError
+    def time(self, sigma: float | Tensor) -> Tensor: raise NotImplementedError
+
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         "rate(t) x, (B, *); t is a float, 0-d or (B,)."
         return expand(self.rate(t), x) * x
@@ -151,7 +157,8 @@ def ancestral_step(
     data_std: float = 0.,          # spread of the data for which the variance is exact: 0 and 1 are DDPM's choices, infinity Euler-Maruyama's
 ) -> Tensor:                       # sample at sigma_next, (B, *)
     "One step back along the reverse SDE (Ho et al. 2020, Algorithm 2; Song et al. 2021, appendix F)."
-    check_sigma(sigma), check_sigma(sigma_next, zero=True)
+    check_sigma(sigma)
+    check_sigma(sigma_next, zero=True)
     if not data_std >= 0: raise ValueError(f"data_std must be 0 or more, got {data_std}")
     D, noise = check_like("D", D, x), check_like("noise", noise, x)
     var, var_next = expand(sigma, x)**2, expand(sigma_next, x)**2

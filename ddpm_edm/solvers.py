@@ -117,14 +117,14 @@ def generate(
         if labels.shape != (len(seeds),):
             raise ValueError(f"labels must be ({len(seeds)},), one per seed, got shape {tuple(labels.shape)}")
     if x0 is not None and tuple(x0.shape) != tuple(shape): raise ValueError(f"x0 must be one sample of shape {tuple(shape)}, got shape {tuple(x0.shape)}")
-    if device is None: device = next((p.device for p in getattr(denoise, "parameters", list)()), "cpu")
+    where = next((p.device for p in getattr(denoise, "parameters", list)()), "cpu") if device is None else device
     parts = []
     for start in tqdm(range(0, len(seeds), batch), disable=not progress):
         part = slice(start, start + batch)
-        cond = {} if labels is None else {"labels": labels[part].to(device)}
-        start = seeded_noise(seeds[part], shape, device=device)
-        if x0 is not None: start = start + x0.to(device) / sigmas[0]    # sample multiplies by sigmas[0]
-        x = sample(denoise, start, sigmas, step, **cond)
+        cond: dict[str, Any] = {} if labels is None else {"labels": labels[part].to(where)}
+        noise = seeded_noise(seeds[part], shape, device=where)
+        if x0 is not None: noise = noise + x0.to(where) / sigmas[0]    # sample multiplies by sigmas[0]
+        x = sample(denoise, noise, sigmas, step, **cond)
         parts.append(x.float().cpu())
     return torch.cat(parts)
 
@@ -136,12 +136,12 @@ from .core import check_count
 # %% ../nbs/08b_fast_solvers.ipynb #476cea68
 _GAUSS = np.polynomial.legendre.leggauss(32)
 
-def _newton(nodes: list[float], moments: list[float]) -> list[float]:
+def _newton(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
     "w with sum_i w[i] f(nodes[i]) = sum_k moments[k] f[nodes[0], ..., nodes[k]], Newton's divided differences."
     return [sum(moments[k] / math.prod(node - other for other in nodes[:k + 1] if other != node) for k in range(i, len(nodes)))
             for i, node in enumerate(nodes)]
 
-def _weights(nodes: list[float], a: float, b: float, density: Callable) -> list[float]:
+def _weights(nodes: Sequence[float], a: float, b: float, density: Callable) -> list[float]:
     "w with sum_i w[i] f(nodes[i]) = the integral from a to b of density times the polynomial through all (nodes[i], f(nodes[i]))."
     s, moments = (a + b) / 2 + (b - a) / 2 * _GAUSS[0], []
     part = (b - a) / 2 * _GAUSS[1] * density(s)
@@ -155,7 +155,7 @@ def _remember(carry: list | None, sigma: float, seen: Tensor, length: int) -> li
     "What is seen now, and what was seen before: pairs (level, seen), newest first."
     return [(sigma, seen), *(carry or [])][:length]
 
-def _combine(a: float, x: Tensor, weights: list[float], seen: list[Tensor]) -> Tensor:
+def _combine(a: float, x: Tensor, weights: Sequence[float], seen: Sequence[Tensor]) -> Tensor:
     "a x + sum_i weights[i] seen[i], one pass over the numbers for each term."
     (w, f), *more = zip(weights, seen)
     x = torch.add(x if a == 1 else a * x, f, alpha=w)
@@ -454,9 +454,9 @@ def dpmpp_sde(
             return D + down / sigma * (x - D) + up * noise
         D, middle = denoise(x, sigma), sigma**(1 - r) * sigma_next**r
         if sigma_next == 0: return D, carry
-        first = _fresh(draw, x, sigma, middle) if eta else 0.
+        first = _fresh(draw, x, sigma, middle) if eta else torch.zeros_like(x)
         D_middle = denoise(go(D, middle, first), middle)
-        whole = _join(first, _fresh(draw, x, middle, sigma_next), sigma, middle, sigma_next, eta) if eta else 0.
+        whole = _join(first, _fresh(draw, x, middle, sigma_next), sigma, middle, sigma_next, eta) if eta else first
         return go(D + (D_middle - D) / (2 * r), sigma_next, whole), carry
     return step
 
@@ -577,12 +577,12 @@ def _refine(walk: Callable, x0: Tensor, levels: list[float], knots: int, rounds:
             for _ in range(8):
                 tried = (theta + basis @ _downhill(J, error, damping)).clamp(-7, 3)
                 new_states, new_error = run(tried)
-                if better := distance(new_error) < distance(error):
+                if distance(new_error) < distance(error):
                     theta, states, error, damping = tried, new_states, new_error, damping / 4
                     break
                 damping *= 4
             log(theta, distance(error))
-            if not better or distance(error) > 0.999 * before: break
+            if not distance(error) < 0.999 * before: break    # hardly better, or not at all
     return distance(error), _levels_of(theta, levels[0])
 
 # %% ../nbs/08d_fitted_schedules.ipynb #09a92343
@@ -602,14 +602,16 @@ def fit_sigmas(
     **cond,                             # conditioning handed to every call of denoise, such as labels (B,)
 ) -> Tensor:                            # noise levels, (n+1,) float64, decreasing, ending in 0
     "Noise levels that minimise the mean distance between where a solver ends and where the exact paths end."
-    check_count("n", n), check_count("knots", knots, 2), check_count("rounds", rounds)
+    check_count("n", n)
+    check_count("knots", knots, 2)
+    check_count("rounds", rounds)
     if not 0 < sigma_max < math.inf: raise ValueError(f"sigma_max must be positive and finite, got {sigma_max}")
     ranked = starts is None
-    if ranked: starts = [karras_sigmas(n, min(low, sigma_max / 10), sigma_max, rho) for rho in (7, 1e6) for low in (0.2, 0.02, 0.002)]
-    starts = [check_falling(f"starts[{i}]", start) for i, start in enumerate(starts)]
-    if not starts: raise ValueError("starts must hold at least one schedule, got none")
-    top, noise = float(sigma_max) if ranked else starts[0][0], as_state(noise)
-    for i, start in enumerate(starts):
+    if starts is None: starts = [karras_sigmas(n, min(low, sigma_max / 10), sigma_max, rho) for rho in (7, 1e6) for low in (0.2, 0.02, 0.002)]
+    lists = [check_falling(f"starts[{i}]", start) for i, start in enumerate(starts)]
+    if not lists: raise ValueError("starts must hold at least one schedule, got none")
+    top, noise = float(sigma_max) if ranked else lists[0][0], as_state(noise)
+    for i, start in enumerate(lists):
         if len(start) != n + 1 or start[-1] != 0 or not math.isclose(start[0], top):
             raise ValueError(f"starts must each hold n + 1 = {n + 1} levels from one sigma_max to 0, got {len(start)} from {start[0]:g} to {start[-1]:g} in starts[{i}]")
         start[0] = top    # equal but for rounding
@@ -621,9 +623,9 @@ def fit_sigmas(
     def walk(levels, states=None): return _walk(step, look, levels, states or [(noise * top, None)])
     def tell(theta, error):
         if log is not None: log(torch.tensor(_levels_of(theta, top), dtype=torch.float64), error)
-    twice = sample(denoise, noise, torch.tensor(starts[0], dtype=torch.float64), step, **cond), walk(starts[0])[-1][0]
+    twice = sample(denoise, noise, torch.tensor(lists[0], dtype=torch.float64), step, **cond), walk(lists[0])[-1][0]
     if (twice[0] - twice[1]).norm() > 1e-3 * twice[0].norm(): raise ValueError("step must be deterministic, got two ends from one start")
-    if n == 1: return torch.tensor(starts[0], dtype=torch.float64)
-    if ranked: starts = [levels for _, levels in sorted(_refine(walk, x0, start, 2, 3, tell) for start in starts)[:2]]    # a short heat first
-    _, levels = min(_refine(walk, x0, start, knots, rounds, tell) for start in starts)
+    if n == 1: return torch.tensor(lists[0], dtype=torch.float64)
+    if ranked: lists = [levels for _, levels in sorted(_refine(walk, x0, start, 2, 3, tell) for start in lists)[:2]]    # a short heat first
+    _, levels = min(_refine(walk, x0, start, knots, rounds, tell) for start in lists)
     return torch.tensor(levels, dtype=torch.float64)

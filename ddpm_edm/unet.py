@@ -10,6 +10,7 @@ __all__ = ['noise_embedding', 'Fourier', 'conv', 'norm', 'ResBlock', 'Attention'
 # %% ../nbs/10_unet.ipynb #bfe68ba7
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ def noise_embedding(
 # %% ../nbs/10_unet.ipynb #6e48517a
 class Fourier(nn.Module):
     "Waves of random frequencies, normal with standard deviation `scale` (Tancik et al. 2020; Song et al. 2021)."
+    freqs: Tensor
+
     def __init__(self, dim: int, scale: float = 16.):
         super().__init__()
         self.register_buffer("freqs", scale * torch.randn(dim // 2))
@@ -50,8 +53,7 @@ def conv(c_in: int, c_out: int, size: int = 3, zero: bool = False) -> nn.Conv2d:
     "Convolution that keeps the image size (`size` is odd); with `zero` it starts by giving zeros."
     layer = nn.Conv2d(c_in, c_out, size, padding=size // 2)
     if zero:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
 def norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
@@ -118,6 +120,8 @@ def fir(taps: Sequence[int]) -> Tensor:
 
 class Resample(nn.Module):
     "Halve or double height and width with a low-pass filter."
+    kernel: Tensor | None    # none for pairs of equal weights, which torch has built in
+
     def __init__(
         self,
         up: bool,                           # double, or halve
@@ -260,7 +264,7 @@ class UNet(nn.Module):
         def block(c_in, c_out, **kw):
             return ResBlock(c_in, c_out, emb_dim, dropout, adaptive_scale=adaptive_scale, skip_scale=skip_scale, eps=eps, **kw)
         def stage(c_in, c_out, attends): return Stage(block(c_in, c_out), Attention(c_out, head_dim, skip_scale, eps) if attends else None)
-        def way(plan, every):
+        def way(plan, every) -> Any:    # lists of lists of stages, the type of which torch doesn't know
             return nn.ModuleList([nn.ModuleList([stage(c_in, c_out, level in self.config["attention"] and (every or i == blocks))
                                                  for i, (c_in, c_out, level) in enumerate(stages)]) for stages in plan])
         def resamplers(plan, up):
@@ -280,22 +284,22 @@ class UNet(nn.Module):
         shrunk = [in_channels, *widths[:-1]] if image_skip else []
         self.image_skip = nn.ModuleList([shrink(c_in, c_out, taps) for c_in, c_out in zip(shrunk, shrunk[1:])])
         self.head = nn.Sequential(norm(widths[0], eps), nn.SiLU(), conv(widths[0], out_channels or in_channels, zero=True))
-        if augment_dim and init == "xavier": nn.init.zeros_(self.embed_augment.weight)
+        if self.embed_augment is not None and init == "xavier": nn.init.zeros_(self.embed_augment.weight)
         if init == "xavier": _xavier(self)
 
     def condition(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None = None) -> Tensor:
         "What every block is told: noise level, augmentation and, where labels are not -1, the class; (B, 4 * channels)."
         if labels is not None: _check_labels(labels, self.num_labels)
+        if augment is not None: _check_augment(augment, self.augment_dim)
         waves = noise_embedding(self.noise_scale * c_noise, self.noise_dim, self.embedding) if self.waves is None else self.waves(c_noise)
-        if augment is not None:
-            _check_augment(augment, self.augment_dim)
-            waves = waves + self.embed_augment(augment.to(waves.dtype))
-        if self.labels_first and self.num_labels:
+        if self.embed_augment is not None and augment is not None: waves = waves + self.embed_augment(augment.to(waves.dtype))
+        if self.embed_label is not None and self.labels_first:
             known = torch.arange(self.num_labels, device=waves.device)
             one_hot = (known == (-1 if labels is None else labels[:, None])).to(waves).expand(len(waves), -1)
             waves = waves + self.embed_label(one_hot * self.num_labels**0.5)
         emb = self.embed_noise(waves)
-        if labels is not None and not self.labels_first: emb = emb + (labels >= 0)[:, None] * self.embed_label(labels.clamp(min=0))
+        if self.embed_label is not None and labels is not None and not self.labels_first:
+            emb = emb + (labels >= 0)[:, None] * self.embed_label(labels.clamp(min=0))
         return F.silu(emb)
 
     def forward(
@@ -410,8 +414,9 @@ def _edm_turn(net: UNet, name: str, value: Tensor, back: bool = False) -> Tensor
     "The values of a tensor in the published order, put into ours, or `back`."
     if name == "embed_label.weight" and not net.labels_first: return value.T.contiguous()
     if ".qkv." not in name: return value
-    heads = net.get_submodule(name.rpartition(".qkv")[0]).heads
-    split, source, target = ((3, heads, -1), 0, 2) if back else ((heads, -1, 3), 2, 0)
+    attention = net.get_submodule(name.rpartition(".qkv")[0])
+    assert isinstance(attention, Attention)
+    split, source, target = ((3, attention.heads, -1), 0, 2) if back else ((attention.heads, -1, 3), 2, 0)
     return value.unflatten(0, split).movedim(source, target).flatten(0, 2)
 
 def to_edm(
@@ -429,7 +434,7 @@ def to_edm(
 # %% ../nbs/10b_published_unets.ipynb #e1cc39ea
 class _Mean(UNet):
     "A U-Net without the second half of its output, iDDPM's learned variance."
-    def forward(self, x: Tensor, c_noise: Tensor, **cond) -> Tensor: return super().forward(x, c_noise, **cond)[:, :self.in_channels]
+    def forward(self, *args, **cond) -> Tensor: return super().forward(*args, **cond)[:, :self.in_channels]
 
 def from_edm(
     state_dict: Mapping[str, Tensor],    # tensors by their published names

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from ddpm_edm import cli
-from ddpm_edm.cli import evaluate_run, run_command, sample_images, train_images
+from ddpm_edm.cli import describe_model, distill_run, evaluate_run, import_model, run_command, sample_images, train_images
+from ddpm_edm.consistency import consistency_step, few_levels, is_consistency
 from ddpm_edm.core import image_grid
 from ddpm_edm.data import _attention, default_mults, digits
 from ddpm_edm.metrics import evaluate, pixel_features, to_uint8
@@ -27,7 +28,8 @@ from ddpm_edm.solvers import euler, generate
 from ddpm_edm.train import load, save_denoiser, train
 from ddpm_edm.unet import UNet
 
-TRAIN, SAMPLE, EVAL = "ddpm-edm-train", "ddpm-edm-sample", "ddpm-edm-eval"
+TRAIN, SAMPLE, EVAL, DISTILL, IMPORT, INFO = (f"ddpm-edm-{name}" for name in ("train", "sample", "eval", "distill", "import", "info"))
+COMMANDS = {TRAIN: train_images, SAMPLE: sample_images, EVAL: evaluate_run, DISTILL: distill_run, IMPORT: import_model, INFO: describe_model}
 TINY = "--images 256 --channels 32 --quiet"
 torch.set_num_threads(1)
 ENV = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")    # another number of threads rounds differently
@@ -42,7 +44,7 @@ def command(name, words, **kw):
 
 def call(name, words):
     "Run a command in this process; its exit code."
-    try: run_command({TRAIN: train_images, SAMPLE: sample_images, EVAL: evaluate_run}[name], name, shlex.split(words))
+    try: run_command(COMMANDS[name], name, shlex.split(words))
     except SystemExit as e: return e.code or 0
     return 0
 
@@ -139,7 +141,7 @@ def test_modules_import_light():
 
 # --- help and defaults
 
-@pytest.mark.parametrize("name, function", [(TRAIN, train_images), (SAMPLE, sample_images), (EVAL, evaluate_run)])
+@pytest.mark.parametrize("name, function", COMMANDS.items())
 def test_help_explains_every_setting(name, function, capsys):
     assert call(name, "--help") == 0
     text = capsys.readouterr().out.replace("_", "-")
@@ -368,7 +370,7 @@ def test_full_disk(monkeypatch, run, capsys):
 # --- drawing
 
 @pytest.mark.parametrize("words, message", [
-    ("nowhere", "no model at nowhere"), ("cut.safetensors", "damaged"), ("text.safetensors", "damaged"), ("empty", "no model at empty"),
+    ("nowhere", "no model at nowhere"), ("cut.safetensors", "can't be read safely"), ("text.safetensors", "can't be read safely"), ("empty", "no model at empty"),
     ("run --labels 10", "from 0 to 9 or among 0, 1, 2"), ("run --labels=-1", "got '-1'"), ("run --labels 3,", "got ''"), ("run --labels three", "'three'"),
     ("run --n 0", "n must be"), ("run --n -3", "n must be"), ("run --steps 0", "steps must be"), ("run --batch 0", "batch must be"),
     ("run --scale 0", "scale must be"), ("run --rho 0", "rho must be"), ("run --seed -1", "seeds must be"), ("run --seed 4294967296", "seeds must be"),
@@ -413,7 +415,7 @@ def test_model_file_alone_is_enough(run):
 def test_rows_are_one_label_each(run, monkeypatch, words, counts):
     "Row i holds counts[i] pictures, all of the i-th label wanted, with seeds in order, and white after them."
     seen = {}
-    def spy(denoise, seeds, shape, sigmas, step, *, labels, batch, device):
+    def spy(denoise, seeds, shape, sigmas, step, *, labels, x0, batch, device):
         seen.update(seeds=list(seeds), labels=labels.tolist())
         return (torch.arange(len(seeds)) / len(seeds) - 0.5).reshape(-1, 1, 1, 1).expand(-1, *shape)    # picture i is plain grey
     monkeypatch.setattr(cli, "generate", spy)
@@ -427,6 +429,60 @@ def test_rows_are_one_label_each(run, monkeypatch, words, counts):
     for row, k in zip(got, counts):
         assert row[:k] == [round(float((torch.tensor(next(shades)) / n + 0.5) * 127.5)) for _ in range(k)]
         assert row[k:] == [255] * (max(counts) - k)
+
+
+@pytest.fixture
+def pictures():
+    "Pictures to give to a command: any greys, the same smaller, a mask, and unusable ones."
+    g = np.random.default_rng(0)
+    def save(name, a, **kw): Image.fromarray(a.astype(np.uint8), **kw).save(name)
+    save("any.png", g.integers(0, 256, (8, 8))), save("small.png", g.integers(60, 196, (4, 4)))
+    save("mask.png", np.pad(np.full((3, 4), 255), ((2, 3), (1, 3)))), save("wide.png", np.zeros((8, 9))), save("grey.png", np.full((8, 8), 128))
+    Path("torn.png").write_bytes(Path("any.png").read_bytes()[:60])
+
+
+@pytest.mark.parametrize("how", ["--solver heun", "--solver euler --guidance 2 --labels 3", "--solver dpmpp_3m", "--solver deis --guidance 3 --interval 0.1,5 --labels 1,2",
+                                 "--solver unipc --init any.png", "--batch 2"])
+def test_inpainting_keeps_the_rest_bit_for_bit(how, run, pictures):
+    assert call(SAMPLE, f"run --inpaint any.png --mask mask.png --n 5 --steps 4 --scale 1 --out filled.png --quiet --device cpu {how}") == 0
+    made, given, hole = tiles("filled.png", 3), pixels("any.png"), pixels("mask.png") > 0
+    made = made.reshape(-1, 8, 8)[:5]    # the grid's last place is empty
+    assert (made[:, ~hole] == given[~hole]).all()
+    assert (made[0] != made[1])[hole].any()    # the hole is drawn, by each seed in its own way
+
+
+def test_upscaled_pictures_shrink_to_the_given_one(run, pictures):
+    assert call(SAMPLE, "run --upscale small.png --n 4 --steps 6 --scale 1 --out large.png --quiet --device cpu") == 0
+    blocks = tiles("large.png", 2).reshape(4, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(4, 4, 4, 4)
+    inside = ((blocks > 0) & (blocks < 255)).all(3)    # what was cut off at black or white can't be told
+    assert inside.sum() > 5 and abs(blocks.mean(3) - pixels("small.png"))[inside].max() <= 0.5    # rounding to grey levels
+
+
+def test_init_is_noised_and_denoised(run, pictures, capsys):
+    assert call(SAMPLE, "run --init any.png --strength 0.5 --n 2 --steps 8 --scale 1 --out i.png --quiet --device cpu") == 0
+    x0 = torch.from_numpy(pixels("any.png"))[None].float() / 127.5 - 1
+    x = generate(load("run"), [0, 1], (1, 8, 8), karras_sigmas(8)[-5:], x0=x0, labels=torch.tensor([-1, -1]))
+    assert abs(pixels("i.png") - np.asarray(image_grid(x, 2, scale=1)).astype(int)).max() <= 1    # a grey level of rounding
+    assert "by 4 heun steps, 7 evaluations" in capsys.readouterr().out
+    assert call(SAMPLE, "run --init any.png --strength 0.1 --n 1 --steps 8 --scale 1 --out near.png --quiet --device cpu") == 0
+    assert abs(pixels("near.png") - pixels("any.png")).max() <= 4    # one step from sigma 0.002, and an untrained network
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--inpaint any.png", "inpaint and mask go together, got only inpaint"), ("--mask mask.png", "inpaint and mask go together, got only mask"),
+    ("--inpaint any.png --mask wide.png", "mask must be a picture of 8 x 8 pixels, height by width, got 8 x 9 in wide.png"),
+    ("--inpaint any.png --mask any.png", "mask must be white where to fill and black where to keep and nothing between, got grey in any.png"),
+    ("--inpaint wide.png --mask mask.png", "inpaint must be a picture of 8 x 8 pixels"), ("--inpaint torn.png --mask mask.png", "inpaint must be a picture, got torn.png"),
+    ("--inpaint nothing.png --mask mask.png", "inpaint must be a picture, got nothing.png"), ("--inpaint . --mask mask.png", "inpaint must be a picture, got ."),
+    ("--upscale any.png", "upscale must be a picture that fits 2, 3, ... times into the model's 8 x 8 pixels, got 8 x 8 in any.png"),
+    ("--upscale wide.png", "got 8 x 9 in wide.png"), ("--upscale small.png --inpaint any.png --mask mask.png", "two tasks"),
+    ("--init wide.png", "init must be a picture of 8 x 8"), ("--init any.png --strength 0", "strength must be above 0 and at most 1, got 0.0"),
+    ("--init any.png --strength 1.5", "strength must be"), ("--init any.png --guidance 2", "guidance needs labels to go towards, such as --labels 3"),
+])
+def test_editing_mistakes(words, message, run, pictures, capsys):
+    before = sorted(Path(".").rglob("*"))
+    assert message in errors(SAMPLE, f"run {words} --quiet", capsys)
+    assert sorted(Path(".").rglob("*")) == before
 
 
 def test_guidance_is_that_of_the_library(run):
@@ -554,3 +610,81 @@ def test_measuring_mistakes(words, message, run, capsys):
     line = errors(EVAL, f"{words} --out e.json --cache refs --quiet", capsys)
     assert any(m in line for m in message.split("|")) and not Path("e.json").exists()
     if "--seed" not in words: assert sorted(Path(".").rglob("*")) == before    # refused before anything is written
+
+
+# --- models: distil, import, info
+
+@pytest.fixture(scope="module")
+def student(trained, tmp_path_factory):
+    "A consistency model made of the trained one."
+    folder = tmp_path_factory.mktemp("student")
+    assert call(DISTILL, f"{trained[0]} --images 256 --out {folder / 'fast'} --quiet") == 0
+    return folder / "fast"
+
+
+def test_distill_makes_a_run_folder(student, trained, tmp_path):
+    teacher, fast = load(trained[0]), load(student)
+    assert is_consistency(fast) and not is_consistency(teacher)
+    assert fast.config["data"] == teacher.config["data"] and fast.config["net"] == teacher.config["net"]
+    assert {"model.safetensors", "config.json", "metrics.jsonl", "loss.png", "samples", "state"} <= {f.name for f in student.iterdir()}
+    assert any((a != b).any() for a, b in zip(fast.parameters(), teacher.parameters()))
+
+
+@pytest.mark.parametrize("steps", [None, 1, 3])
+def test_consistency_models_are_sampled_their_way(student, steps, capsys):
+    assert call(SAMPLE, f"{student} --labels 1,2 --n 2 --scale 1 --out c.png --quiet --device cpu" + f" --steps {steps}" * bool(steps)) == 0
+    x = generate(load(student), [0, 1], (1, 8, 8), few_levels(steps or 2), consistency_step, labels=torch.tensor([1, 2]))
+    assert abs(pixels("c.png") - np.asarray(image_grid(x, 1, scale=1)).astype(int)).max() <= 1    # a grey level of rounding
+    k = steps or 2
+    assert f"by {k} consistency step{'s' * (k > 1)}, {k} evaluation{'s' * (k > 1)} of" in capsys.readouterr().out
+
+
+def test_consistency_models_are_measured_their_way(student):
+    assert call(EVAL, f"{student} --n 20 --features pixels --out e.json --cache cache --quiet --device cpu") == 0
+    report = json.loads(Path("e.json").read_text())
+    assert (report["steps"], report["solver"]) == (2, "consistency")
+
+
+@pytest.mark.parametrize("name, words, message", [
+    (DISTILL, "fast", "run must hold a diffusion model, but fast holds a consistency model"), (DISTILL, "nothing", "no model at nothing"),
+    (DISTILL, "run --method magic", 'method must be "distillation" or "tuning"'), (DISTILL, "run --images 0", "images must be"),
+    (SAMPLE, "fast --solver heun", "solver must be left out for a consistency model, got 'heun'"),
+    (SAMPLE, "fast --inpaint any.png --mask mask.png", "need a diffusion model, got a consistency model"),
+    (INFO, "nothing", "no model at nothing"), (INFO, "any.png", "any.png"), (IMPORT, "nothing.pkl new", "no file at nothing.pkl"),
+    (IMPORT, "any.png new", "any.png can't be read safely"), (IMPORT, "run fast", "out must be new or an empty folder, got fast"),
+    (IMPORT, "run any.png", "out must be new or an empty folder, got any.png"), (IMPORT, "run new --schedule x", "schedule must be linear or cosine"),
+    (IMPORT, "run new --size 0", "size must be at least 1"),
+])
+def test_mistakes_with_models(name, words, message, student, run, pictures, capsys):
+    os.symlink(student, "fast")
+    before = sorted(Path(".").rglob("*"))
+    assert message in errors(name, words + " --quiet" * (name in (SAMPLE, DISTILL)), capsys)
+    assert sorted(Path(".").rglob("*")) == before
+
+
+def test_info_says_what_the_folder_holds(run, student, capsys):
+    assert call(INFO, "run --json") == 0
+    about, model = json.loads(capsys.readouterr().out), load("run")
+    assert about["weights"] == sum(p.numel() for p in model.parameters()) and about["seen"] == 256 and about["kind"] == "diffusion model"
+    assert about["settings"] == model.config["net"] and about["pictures"] == [1, 8, 8] and about["data"] == model.config["data"]
+    assert call(INFO, f"{student}") == 0
+    said = capsys.readouterr().out
+    assert "consistency model" in said and "ConsistencyLoss" in said and "1 x 8 x 8" in said and f"{about['weights']:,}" in said
+    assert call(INFO, "run/model.safetensors --json") == 0    # a file alone: no log
+    assert set(about) - set(json.loads(capsys.readouterr().out)) == {"seen", "loss"}
+
+
+def test_imported_checkpoints_are_models_like_others(tmp_path):
+    "EDM's pickle, made as its authors' program makes it, to pictures by two commands; and weights alone, told what they don't say."
+    import test_zoo
+    Path("edm.pkl").write_bytes(test_zoo.edm_pickle(test_zoo.tiny()[1], test_zoo.TINY))
+    assert call(IMPORT, "edm.pkl edm") == 0 and call(SAMPLE, "edm --n 2 --steps 3 --scale 1 --out e.png --quiet --device cpu") == 0
+    x = generate(test_zoo.load_edm_pickle("edm.pkl"), [0, 1], (1, 4, 4), karras_sigmas(3))
+    assert abs(pixels("e.png") - np.asarray(image_grid(x, 2, scale=1)).astype(int)).max() <= 1
+    torch.save(test_zoo.recorded("guided_updown")[1], "adm.pt")
+    assert call(IMPORT, "adm.pt adm --head-dim 16 --schedule cosine --size 16") == 0
+    assert call(INFO, "adm --json") == 0 and call(SAMPLE, "adm --n 1 --labels 2 --steps 2 --out a.png --quiet --device cpu") == 0
+    assert load_config("adm")["shape"][1:] == [16, 16]
+
+
+def load_config(folder): return json.loads((Path(folder) / "config.json").read_text())
