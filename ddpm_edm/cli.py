@@ -171,7 +171,7 @@ def _label_rows(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     tiles[filled] = x
     return tiles.flatten(0, 1)
 
-# %% ../nbs/23_cli.ipynb #ef377e0f
+# %% ../nbs/23_cli.ipynb #ad94ee5e
 def sample_images(
     run: str,                      # run folder, or a safetensors file
     n: int = None,                 # how many pictures; default: 8 for each label, 64 without labels
@@ -206,7 +206,7 @@ def sample_images(
     given = bool(inpaint or upscale or init)
     wanted = [-1] if given and classes and labels is None else _parse_labels(labels, classes)    # a picture knows best what it shows
     if wanted == [-1] and guidance != 1: raise ValueError("guidance needs labels to go towards, such as --labels 3")
-    if is_consistency(denoiser) and (inpaint or upscale): raise ValueError("inpaint and upscale need a diffusion model, got a consistency model")
+    if is_consistency(denoiser) and (inpaint or upscale or guidance != 1): raise ValueError("guidance, inpaint and upscale need a diffusion model, got a consistency model")
     pushed, step = _restoring(_pushed(denoiser, guidance, interval), step, shape, inpaint, mask, upscale)
     begin, sigmas = _beginning(init, strength, shape, sigmas)
     if n is None: n = 8 * (len(wanted) or (1 if given else 8))
@@ -415,19 +415,19 @@ def _in_words(value: Any) -> str:
     if isinstance(value, list): return (" x " if all(isinstance(v, int) for v in value) else ", ").join(map(str, value[:20])) + ", ..." * (len(value) > 20)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/23b_models.ipynb #1de90e5f
+# %% ../nbs/23b_models.ipynb #ea91ff4a
 def distill_run(
-    run: str,                 # run folder of the teacher, or a safetensors file
-    out: str = None,          # run folder of the student, new or empty; default: the teacher's name and -fast
-    method: str = "tuning",   # tuning of the teacher's weights on clean pictures, or distillation by the teacher's steps
-    data: str = None,         # what the teacher was trained on; default: the name that the run remembers
-    size: int = None,         # for a folder of pictures: height and width; default: the run's
-    images: int = 40_000,     # images to see in all
-    batch: int = 128,         # images per step
-    lr: float = 1e-3,         # highest learning rate
-    seed: int = 0,            # of everything random
-    resume: bool = False,     # go on exactly with the run in --out, if there is one
-    quiet: bool = False,      # no progress bar, as for a log file
+    run: str,                       # run folder of the teacher, or a safetensors file
+    out: str = None,                # run folder of the student, new or empty; default: the teacher's name and -fast
+    method: str = "distillation",   # distillation by the teacher's steps, or tuning of its weights on clean pictures
+    data: str = None,               # what the teacher was trained on; default: the name that the run remembers
+    size: int = None,               # for a folder of pictures: height and width; default: the run's
+    images: int = 40_000,           # images to see in all
+    batch: int = 128,               # images per step
+    lr: float = 1e-3,               # highest learning rate
+    seed: int = 0,                  # of everything random
+    resume: bool = False,           # go on exactly with the run in --out, if there is one
+    quiet: bool = False,            # no progress bar, as for a log file
 ):
     "Make a consistency model, which samples in one or two evaluations, of a trained model."
     teacher = load(run)

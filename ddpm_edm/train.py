@@ -6,7 +6,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/train.html.md"""
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SIGMA_EDGES', 'NETWORKS', 'learning_rate', 'Settings', 'Trainer', 'replacing', 'save_denoiser', 'load',
-           'read_log', 'sample_picture', 'plot_loss', 'RunFolder', 'conv_times', 'fastest', 'train']
+           'check_modest', 'read_log', 'sample_picture', 'plot_loss', 'RunFolder', 'conv_times', 'fastest', 'train']
 
 # %% ../nbs/15_train.ipynb #80dd5796
 import errno
@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -36,7 +36,7 @@ from .dit import DiT
 from .ema import EMA, PowerEMA, power_gamma, snapshot_path
 from .noise import LogNormal, karras_sigmas
 from .precond import EDMLoss, EDMPrecond
-from .solvers import generate
+from .solvers import generate, heun
 from .unet import UNet
 
 # %% ../nbs/15_train.ipynb #ef22f9aa
@@ -104,6 +104,7 @@ class Settings:
     augment: Any = None
     channels_last: bool = False
     power_ema: Sequence[float] = ()
+    loss: Any = None
 
     def __post_init__(self):
         for name, least in dict(images=1, batch=1, warmup=0, seed=0).items():
@@ -113,12 +114,17 @@ class Settings:
         if self.clip is not None: self.clip = _real("clip", self.clip)
         self.channels_last, self.power_ema = bool(self.channels_last), tuple(self.power_ema)
         for width in self.power_ema: power_gamma(width)    # refuses what can't be
+        if not (self.loss is None or callable(self.loss)): raise ValueError(f"loss must be a function, such as EDMLoss(), got {self.loss!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     def as_dict(self) -> dict:
         "What config.json keeps; objects as the text that makes them."
         return {k: v if isinstance(v, (int, float, str, tuple, type(None))) else repr(v) for k, v in vars(self).items()}
+
+    def as_words(self) -> dict:
+        "The same for trackers; TensorBoard takes nothing but numbers and text."
+        return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.as_dict().items()}
 
 # %% ../nbs/15_train.ipynb #052b41ad
 def _draw(s: Settings, data: ImageData, seen: int) -> tuple[dict[str, Tensor], int]:
@@ -168,7 +174,7 @@ class Trainer:
                                      fused=self.device.type != "mps")
         scale = dict(init_scale=2.**16) if settings.precision == "fp16" else dict(init_scale=1., growth_interval=2**31 - 1)
         self.scaler = torch.amp.GradScaler(self.device.type, **scale)    # at scale 1 it only leaves out steps that are not finite
-        self.loss = EDMLoss(settings.noise, denoiser.sigma_data)
+        self.loss = settings.loss or EDMLoss(settings.noise, denoiser.sigma_data)
         self.seen = 0        # images
         self.forget()
 
@@ -210,10 +216,14 @@ class Trainer:
             x0, cond["augment"] = self.settings.augment(x0, changes)
         low = PRECISIONS[self.settings.precision]
         with torch.autocast(self.device.type, low or torch.bfloat16, enabled=low is not None):
-            loss = self.loss(self.model, x0, sigma=sigma, n=n, **cond)
+            loss = self.loss_now()(self.model, x0, sigma=sigma, n=n, **cond)
         self.scaler.scale(loss.mean() / self.parts).backward()    # processes are averaged
         loss = loss.detach()
         return torch.cat([loss.sum()[None], _by_sigma(loss, sigma).flatten()])
+
+    def loss_now(self) -> Callable:
+        "The loss; one that changes in the course of the training has a method `at(share done)` that gives it."
+        return self.loss.at(self.seen / self.settings.images) if hasattr(self.loss, "at") else self.loss
 
     def _update(self) -> None:
         "Step, unless a gradient is not finite."
@@ -335,6 +345,7 @@ def load(
     try:
         with safe_open(file, "pt") as f:
             config, tensors = json.loads((f.metadata() or {})["config"]), _tensors(f)
+        check_modest(config["net"], len(tensors))
         network = NETWORKS[config["network"]]
         with torch.device("meta"): denoiser = EDMPrecond(network(**config["net"]), config["sigma_data"])
         denoiser.load_state_dict(tensors, assign=True)
@@ -343,6 +354,11 @@ def load(
         raise ValueError(f"{file} is damaged or was not saved by this library ({_brief(e)})") from e
     denoiser.config = config
     return denoiser.eval().requires_grad_(False).to(device)
+
+def check_modest(settings: dict, tensors: int) -> None:
+    "Refuse settings of a network with more blocks than a file has tensors; building them could take for ever."
+    asked = max(settings.get("blocks", 1) * len(settings.get("mults", (1,))), settings.get("depth", 1))
+    if asked > tensors: raise ValueError(f"its settings ask for {asked} blocks, and it holds {tensors} tensors")
 
 def _tensors(f) -> dict[str, Tensor]:
     "The tensors of an open file, in memory of their own: what safetensors returns is mapped from the disk."
@@ -365,12 +381,14 @@ def read_log(
 def sample_picture(
     denoiser: EDMPrecond,
     shape: tuple[int, int, int],    # of one image, (C, H, W)
+    sigmas: Tensor | None = None,   # noise levels; default: 18 of EDM's
+    step: Callable = heun,          # solver
 ) -> Any:                         # a PIL image
     "Samples, 8 a row and one class a row (the first ten classes), always from the same noise."
     rows = min(denoiser.net.num_labels, 10) or 8
     labels = torch.arange(rows).repeat_interleave(8) if denoiser.net.num_labels else None
     device = next(denoiser.parameters()).device
-    x = generate(denoiser, range(8 * rows), shape, karras_sigmas(18), labels=labels, device=device)
+    x = generate(denoiser, range(8 * rows), shape, karras_sigmas(18) if sigmas is None else sigmas, step, labels=labels, device=device)
     return image_grid(x if shape[0] in (1, 3, 4) else x[:, :1], ncols=8)    # without colours: the first channel
 
 def plot_loss(
@@ -476,10 +494,10 @@ class RunFolder:
             os.fsync(f.fileno())    # the log is on the disk before a state that counts on it
         return metrics
 
-    def draw(self, denoiser: EDMPrecond, seen: int) -> None:
+    def draw(self, denoiser: EDMPrecond, seen: int, **how) -> None:
         "A picture of samples, and the loss so far."
         if not self.main: return
-        picture, figure = sample_picture(denoiser, self.config["shape"]), plot_loss(self.path)
+        picture, figure = sample_picture(denoiser, self.config["shape"], **how), plot_loss(self.path)
         with replacing(self.path / "samples" / f"{seen:09d}.png") as f: picture.save(f)
         with replacing(self.path / "loss.png") as f: figure.savefig(f)
 
@@ -574,7 +592,7 @@ def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> floa
         trainer.forget()
         loss = line["loss"]
     if "sample" in due:
-        folder.draw(trainer.ema.model, trainer.seen)
+        folder.draw(trainer.ema.model, trainer.seen, **getattr(trainer.loss, "sampling", {}))
         folder.keep(trainer)
     if "save" in due: folder.save(trainer)
     return loss
@@ -645,6 +663,7 @@ def train(
     clip: float | None = None,          # longest gradient that is not shortened; None: any finite one goes
     power_ema: Sequence[float] = (),    # widths of power-function averages kept in ema/, such as (0.05, 0.1), to choose one afterwards
     augment: Any = None,                # non-leaky augmentation, such as Augment(); the network's augment_dim must be its dim
+    loss: Callable | None = None,       # loss(denoise, x0, sigma=..., n=..., **cond) -> (B,); None: EDMLoss(noise, denoiser.sigma_data)
     seed: int = 0,                      # of everything random but the first weights
     precision: str = "auto",            # "fp32", or "bf16" or "fp16" by autocast; "auto": the fastest here
     channels_last: bool | None = None,  # memory layout; None: the fastest here if precision is "auto", else False
@@ -660,7 +679,7 @@ def train(
     "Train a denoiser into a run folder; `load(out)` gives it back."
     chosen = precision if precision != "auto" else "fp32"
     settings = Settings(images, batch, lr, lr_end, warmup, ema_halflife, label_dropout, noise, seed, chosen, clip, augment,
-                        channels_last or False, power_ema)
+                        channels_last or False, power_ema, loss)
     every = dict(log=log_every, save=save_every, sample=sample_every)
     every = {what: _whole(f"{what}_every", n, 1) for what, n in every.items()}
     accumulate = _whole("accumulate", accumulate, 1)
@@ -677,7 +696,7 @@ def train(
             with trainer.accelerator.main_process_first():
                 folder = RunFolder(out, config, resume or not main, main)
                 folder.restore(trainer)
-            if log_with is not None: trainer.accelerator.init_trackers(Path(out).name, settings.as_dict())
+            if log_with is not None: trainer.accelerator.init_trackers(Path(out).name, settings.as_words())
             _run(trainer, folder, every, stopped, progress)
             trainer.accelerator.end_training()
     return load(out, trainer.device)

@@ -336,7 +336,7 @@ from .core import Denoiser, expand
 from .ddpm import DDPM, DDPMDenoiser
 from .noise import alpha_bars, cosine_betas, linear_betas, scaled_linear_betas, sigmoid_betas, zero_terminal_snr
 from .precond import EDMPrecond, IDDPMPrecond, VEPrecond, VPPrecond
-from .train import NETWORKS, _tensors, load, read_log, replacing, save_denoiser
+from .train import NETWORKS, _tensors, check_modest, load, read_log, replacing, save_denoiser
 from .unet import _Mean
 
 # %% ../nbs/22b_sharing.ipynb #a5e59227
@@ -676,8 +676,7 @@ def _read(path: Path, device: str | torch.device) -> nn.Module:
     with _safely(path):
         with safe_open(path, "pt") as f:
             config, names = json.loads((f.metadata() or {})["config"]), list(f.keys())
-            size = config["net"]
-            if max([size.get("blocks", 1) * len(size.get("mults", [1])), size.get("depth", 1)]) > len(names): raise ValueError("its settings ask for more blocks than the file holds")
+            check_modest(config["net"], len(names))
             if "wrapper" not in config: return load(path, device)
             tensors = _tensors(f)
         tables = {k: tensors.pop(k) for k in names if k.startswith("table.")}

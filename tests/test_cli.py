@@ -650,6 +650,7 @@ def test_consistency_models_are_measured_their_way(student):
     (DISTILL, "run --method magic", 'method must be "distillation" or "tuning"'), (DISTILL, "run --images 0", "images must be"),
     (SAMPLE, "fast --solver heun", "solver must be left out for a consistency model, got 'heun'"),
     (SAMPLE, "fast --inpaint any.png --mask mask.png", "need a diffusion model, got a consistency model"),
+    (SAMPLE, "fast --guidance 2", "guidance, inpaint and upscale need a diffusion model"),
     (INFO, "nothing", "no model at nothing"), (INFO, "any.png", "any.png"), (IMPORT, "nothing.pkl new", "no file at nothing.pkl"),
     (IMPORT, "any.png new", "any.png can't be read safely"), (IMPORT, "run fast", "out must be new or an empty folder, got fast"),
     (IMPORT, "run any.png", "out must be new or an empty folder, got any.png"), (IMPORT, "run new --schedule x", "schedule must be linear or cosine"),

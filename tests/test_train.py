@@ -15,7 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from ddpm_edm import train as module
 from ddpm_edm.data import ImageData
@@ -791,6 +792,25 @@ def test_trackers_get_the_log(tmp_path):
     run_in(tmp_path / "run", log_with=notes)
     assert [step for step, _ in notes.lines] == [64, 128, 160] and notes.closed and notes.config["batch"] == 16
     assert notes.lines[0][1]["loss"] == read_log(tmp_path / "run")[0]["loss"] and "loss below 1" in notes.lines[0][1]
+
+
+def test_tensorboard_takes_settings_and_figures(tmp_path):
+    "The real one: it refuses settings that are no number or text."
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_in(tmp_path / "run", power_ema=(0.1,), log_with="tensorboard")
+    logs = [events.EventAccumulator(str(f)).Reload() for f in (tmp_path / "run").rglob("events.out.tfevents*")]
+    found = [log for log in logs if "loss" in log.Tags()["scalars"]]
+    assert [e.step for e in found[0].Scalars("loss")] == [64, 128, 160]
+
+
+@pytest.mark.parametrize("change", [dict(blocks=10**9), dict(mults=[1] * 10**6), dict(depth=10**9)])
+def test_a_file_that_asks_for_more_blocks_than_it_holds(change, tmp_path):
+    "Refused before anything is built, which would take for ever."
+    save_denoiser(tiny(), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as f: config, tensors = json.loads(f.metadata()["config"]), {k: f.get_tensor(k) for k in f.keys()}
+    config["net"] |= change
+    save_file(tensors, tmp_path / "b.safetensors", {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match="its settings ask for"): load(tmp_path / "b.safetensors")
 
 
 def test_a_tracker_that_is_not_there(tmp_path):
