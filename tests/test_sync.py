@@ -39,16 +39,16 @@ def test_site_settings(exported):
     assert (ROOT / "nbs/_quarto.yml").read_text() == (ROOT / "_quarto.yml").read_text()
 
 
-def modules() -> dict[str, int]:
-    "Each module's number: that of the notebook which exports it."
+def modules() -> dict[str, tuple[int, str]]:
+    "Each module's number and letter: those of the notebook which exports it, so that 19b comes after 19."
     found = {}
     for path in find_notebooks():
         code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
         if m := re.search(r"^#\| *default_exp +(\S+)", code, flags=re.M):
-            number, name = path.stem.split("_", 1)
+            digits, letter, name = re.fullmatch(r"(\d\d)([a-z]?)_(\w+)", path.stem).groups()
             assert name == m[1], f"{path.name} exports {m[1]}"
-            assert int(number) not in found.values(), f"two notebooks have the number {number}"
-            found[name] = int(number)
+            assert (int(digits), letter) not in found.values(), f"two notebooks have the number {digits}{letter}"
+            found[name] = int(digits), letter
     return found
 
 
@@ -74,7 +74,7 @@ def test_reading_order():
     number = modules()
     assert len(number) >= 10
     later = [(name, other) for name in number for other in imports((ROOT / f"ddpm_edm/{name}.py").read_text(encoding="utf-8"))
-             if number.get(other, 99) >= number[name]]
+             if number.get(other, (99, "")) >= number[name]]
     assert later == [], "exported code may import from lower-numbered notebooks only"
 
 
