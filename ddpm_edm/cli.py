@@ -8,6 +8,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/cli.html.md"""
 __all__ = ['DEFAULT', 'SOLVERS', 'run_command', 'train_images', 'sample_images', 'evaluate_run', 'train_main', 'sample_main', 'eval_main', 'describe_model', 'distill_run', 'distill_main', 'import_model', 'info_main', 'import_main']
 
 # %% ../nbs/23_cli.ipynb #a5fff836
+# pyright: strictParameterNoneValue=false
 import json
 import math
 import os
@@ -20,7 +21,6 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from torch import nn
 from fastcore.script import anno_parser
 from tqdm.auto import tqdm
 
@@ -28,11 +28,12 @@ from .augment import Augment
 from .consistency import consistency_step, few_levels, is_consistency
 from .core import Denoiser, image_grid
 from .data import DATASETS, SUFFIXES, ImageData, _attention, _read_image, _why, default_mults, load_data
+from .ddpm import DDPMDenoiser
 from .guidance import Guided
 from .inverse import Downsample, Mask, PiGDM, keep
 from .metrics import Features, _rounded, classifier, evaluate, inception, pixel_features, table
 from .noise import LogNormal, karras_sigmas
-from .precond import EDMPrecond
+from .precond import EDMPrecond, Precond
 from .solvers import deis, dpmpp_2m, dpmpp_3m, euler, generate, heun, unipc
 from .train import load, replacing, train
 from .unet import UNet
@@ -224,14 +225,14 @@ def sample_images(
     print(f"wrote {out}: {n} picture{'s' * (n > 1)} by {(k := len(sigmas) - 1)} {solver} step{'s' * (k > 1)}, {evaluations} evaluation{'s' * (evaluations > 1)} of the network each")
     if not given: print(f"next, others: ddpm-edm-sample {shlex.quote(str(run))} --seed {seed + n} --out more.png")
 
-def _open(run: str, device: str = "cpu") -> nn.Module:
+def _open(run: str, device: str = "cpu") -> Precond | DDPMDenoiser:
     "A denoiser of this library, or from elsewhere; its `config` is at least an empty one."
     there = Path(run).is_file() or any((Path(run) / name).exists() for name in ("model.safetensors", "unet"))
     denoiser = import_checkpoint(run).to(device) if there else load(run, device)    # which says that nothing is there
     if not hasattr(denoiser, "config"): denoiser.config = {}
     return denoiser
 
-def _method(denoiser: nn.Module, solver: str | None, steps: int | None, sigma_min: float = 0.002, sigma_max: float = 80., rho: float = 7.) -> tuple:
+def _method(denoiser: Precond | DDPMDenoiser, solver: str | None, steps: int | None, sigma_min: float = 0.002, sigma_max: float = 80., rho: float = 7.) -> tuple[str, Callable, torch.Tensor]:
     "Name, step and noise levels by which to sample from a denoiser; a consistency model has a way of its own."
     if solver not in (None, *SOLVERS): raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if not is_consistency(denoiser): return solver or "heun", SOLVERS[solver or "heun"], karras_sigmas(steps or 18, sigma_min, sigma_max, rho)
@@ -242,7 +243,7 @@ def _evaluations(solver: str, sigmas: torch.Tensor) -> int:
     "Of the network for one picture."
     return (len(sigmas) - 1) * (2 if solver == "heun" else 1) - (solver == "heun")
 
-def _pushed(denoiser: nn.Module, guidance: float, interval: str | None) -> Denoiser:
+def _pushed(denoiser: Precond | DDPMDenoiser, guidance: float, interval: str | None) -> Denoiser:
     "The denoiser with classifier-free guidance, if it is asked for."
     if guidance == 1 and interval is None: return denoiser
     if guidance == 1: raise ValueError(f"interval needs a guidance other than 1, got {interval!r}")
@@ -253,7 +254,8 @@ def _pushed(denoiser: nn.Module, guidance: float, interval: str | None) -> Denoi
 
 def _picture(name: str, file: str, shape: Sequence[int | None]) -> torch.Tensor:
     "A picture file as (1, C, H, W) in [-1, 1]; of `shape`, where None is any number."
-    try: x = _read_image(Path(file), None, {1: "L", 3: "RGB", 4: "RGBA"}[shape[0]])[None] / 127.5 - 1
+    modes: dict[int | None, str] = {1: "L", 3: "RGB", 4: "RGBA"}
+    try: x = _read_image(Path(file), None, modes[shape[0]])[None] / 127.5 - 1
     except Exception as e: raise ValueError(f"{name} must be a picture, got {file} ({_why(e)})") from e    # Pillow's errors are of many kinds
     if any(wanted not in (None, n) for wanted, n in zip(shape, x.shape[1:])):
         raise ValueError(f"{name} must be a picture of {shape[1]} x {shape[2]} pixels, height by width, got {x.shape[2]} x {x.shape[3]} in {file}")
@@ -263,17 +265,17 @@ def _restoring(denoise: Denoiser, step: Callable, shape: Sequence[int], inpaint:
     "Denoiser and step that draw what a given picture leaves open, if there is one, and keep what it shows."
     if inpaint and upscale: raise ValueError("inpaint and upscale are two tasks; ask for one of them")
     if bool(inpaint) != bool(mask): raise ValueError(f"inpaint and mask go together, got only {'inpaint' if inpaint else 'mask'}")
-    if not inpaint and not upscale: return denoise, step
-    if inpaint:
+    if inpaint and mask:
         y, holes = _picture("inpaint", inpaint, shape), _picture("mask", mask, (1, *shape[1:]))[0]
         if not (holes.abs() == 1).all(): raise ValueError(f"mask must be white where to fill and black where to keep and nothing between, got grey in {mask}")
         op = Mask(holes < 0)
-    else:
+    elif upscale:
         y, (H, W) = _picture("upscale", upscale, (shape[0], None, None)), shape[1:]
         factor = H // y.shape[2]
         if factor < 2 or (factor * y.shape[2], factor * y.shape[3]) != (H, W):
             raise ValueError(f"upscale must be a picture that fits 2, 3, ... times into the model's {H} x {W} pixels, got {y.shape[2]} x {y.shape[3]} in {upscale}")
         op = Downsample(factor)
+    else: return denoise, step
     return PiGDM(denoise, op, y), keep(step, op, y)
 
 def _beginning(init: str | None, strength: float, shape: Sequence[int], sigmas: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -289,15 +291,15 @@ def _shared(denoise: Denoiser, seeds: range, *how, labels: torch.Tensor | None, 
     from accelerate.utils import gather_object
     state = PartialState(cpu=not torch.cuda.is_available())
     mine = range(len(seeds))[state.process_index::state.num_processes]
-    x = generate(denoise, [seeds[i] for i in mine], *how, labels=None if labels is None else labels[mine], **more) if mine else None
+    x = generate(denoise, [seeds[i] for i in mine], *how, labels=None if labels is None else labels[mine], **more) if mine else []
     parts = dict(part for part in gather_object([(i, x[k]) for k, i in enumerate(mine)]))
     return torch.stack([parts[i] for i in range(len(seeds))]) if state.is_main_process else None
 
-def _class_names(denoiser: nn.Module) -> list[str]:
+def _class_names(denoiser: Precond | DDPMDenoiser) -> list[str]:
     count = denoiser.net.num_labels
     return denoiser.config.get("classes", [str(i) for i in range(count)])[:count]
 
-def _picture_shape(denoiser: nn.Module, run: str) -> list[int]:
+def _picture_shape(denoiser: Precond | DDPMDenoiser, run: str) -> list[int]:
     if "shape" in denoiser.config: return denoiser.config["shape"]
     raise ValueError(f"{run} does not say how large its pictures are; save_denoiser with config=dict(shape=[C, H, W]) writes it")
 
@@ -343,15 +345,15 @@ def evaluate_run(
     denoiser, home = _open(run, device), Path(run) if Path(run).is_dir() else Path(run).parent
     method = _method(denoiser, solver, steps)
     shape, d = _picture_shape(denoiser, run), _training_data(denoiser.config, data, size)
-    out, cache, n = Path(out or home / "eval.json"), Path(cache or home.resolve().parent / "references"), n or min(len(d), 50_000)
-    judge = _judge(features or ("classifier" if d.num_labels else "pixels"), d, cache, weights, device)
-    file = cache / f"{d.name}-{d.fingerprint()}-{judge.name.replace(' ', '-')}.safetensors"    # of the data's statistics
+    written, kept, n = Path(out or home / "eval.json"), Path(cache or home.resolve().parent / "references"), n or min(len(d), 50_000)
+    judge = _judge(features or ("classifier" if d.num_labels else "pixels"), d, kept, weights, device)
+    file = kept / f"{d.name}-{d.fingerprint()}-{judge.name.replace(' ', '-')}.safetensors"    # of the data's statistics
     made, clipped = _drawn(denoiser, d, shape, n, method, seed, batch, device, quiet)
     if made is None: return    # another process measures
     report = dict(run=str(run), steps=len(method[2]) - 1, solver=method[0], seed=seed, clipped=clipped) | evaluate(made, d, judge, file)
-    with replacing(out) as f: f.write_text(json.dumps(report, indent=2))
+    with replacing(written) as f: f.write_text(json.dumps(report, indent=2))
     print(f"{table(report)}\n{clipped:.2%} of the pixels were more than half a grey level outside [-1, 1], and cut off")
-    print(f"wrote {out}")
+    print(f"wrote {written}")
 
 def _drawn(denoiser, d, shape, n, method, seed, batch, device, quiet) -> tuple[torch.Tensor | None, float]:
     "Pictures as uint8 with the data's labels, and the share of values outside [-1, 1]; no pictures in other processes than the first."
@@ -402,9 +404,10 @@ def describe_model(
 def _about(run: str) -> dict:
     denoiser = _open(run)
     c, log = denoiser.config, read_log(run) if Path(run).is_dir() else []
+    last = log[-1] if log else {}
     about = dict(kind="consistency model" if is_consistency(denoiser) else "diffusion model", network=type(denoiser.net).__name__,
                  weights=sum(p.numel() for p in denoiser.parameters()), sigma_data=getattr(denoiser, "sigma_data", None), pictures=c.get("shape"), classes=c.get("classes"),
-                 data=c.get("data"), seen=log[-1]["images"] if log else None, loss=log[-1]["loss"] if log else None,
+                 data=c.get("data"), seen=last.get("images"), loss=last.get("loss"),
                  training=c.get("training"), settings=c.get("net"))
     return {k: v for k, v in about.items() if v not in (None, [], {})}
 

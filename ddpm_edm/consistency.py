@@ -152,7 +152,8 @@ def _near(teacher: Denoiser, x: Tensor) -> Denoiser:
 
 def _named(teacher: Denoiser | None) -> str | None:
     "A name that changes with the teacher's weights, for config.json."
-    return f"{type(teacher).__name__} {weights_hash(teacher)}" if isinstance(teacher, nn.Module) else teacher and type(teacher).__name__
+    if teacher is None: return None
+    return f"{type(teacher).__name__} {weights_hash(teacher)}" if isinstance(teacher, nn.Module) else type(teacher).__name__
 
 # %% ../nbs/20_consistency.ipynb #5e0503cf
 def renoise(

@@ -183,7 +183,7 @@ def _fit_picture(image, size: tuple[int, int] | None, mode: str) -> Tensor:
     image = ImageOps.fit(image.convert(mode), (W, H), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).reshape(H, W, -1).permute(2, 0, 1)
 
-def _read_image(path: Path, size: tuple[int, int], mode: str) -> Tensor:
+def _read_image(path: Path, size: tuple[int, int] | None, mode: str) -> Tensor:
     "One picture file, fitted."
     from PIL import Image
     with Image.open(path) as image: return _fit_picture(image, size, mode)

@@ -427,6 +427,9 @@ def spaced_timesteps(
 # %% ../nbs/05_ddpm.ipynb #efc28222
 class DDPMDenoiser(nn.Module):
     "A DDPM network as a denoiser: told the step whose sigma it is, shown x in DDPM's coordinates."
+    net: Any
+    config: dict    # given to those that come from a file: what it says of them
+
     def __init__(
         self,
         chain: "DDPM",       # whose steps the network knows

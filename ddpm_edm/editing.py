@@ -51,7 +51,8 @@ def slerp(
     t: float | Tensor,     # 0 is a, 1 is b: a number, or one for each row; any number of them if B is 1
 ) -> Tensor:               # (B, *)
     "Along the great circle from each row of a to that of b (Shoemake 1985)."
-    check_finite("a", a), check_finite("b", b)
+    check_finite("a", a)
+    check_finite("b", b)
     b, t = check_like("b", b, a), torch.as_tensor(t, dtype=a.dtype, device=a.device)
     if bad := _refused(t, torch.isfinite): raise ValueError(f"t must be finite, got {bad}")
     if t.ndim > 1 or (t.ndim == 1 and 1 != len(a) != len(t)): raise ValueError(f"t must be a number or ({len(a)},), got shape {tuple(t.shape)}")

@@ -99,7 +99,8 @@ def _with_and_without(denoise: Denoiser, x: Tensor, sigma: float | Tensor, label
     "Estimates with and without labels, by one call on a batch of twice the size."
     cond = {name: torch.cat([value, value]) for name, value in cond.items()}
     if isinstance(sigma, Tensor) and sigma.ndim: sigma = sigma.expand(len(x)).repeat(2)
-    return denoise(torch.cat([x, x]), sigma, labels=torch.cat([labels, torch.full_like(labels, -1)]), **cond).chunk(2)
+    D_c, D_u = denoise(torch.cat([x, x]), sigma, labels=torch.cat([labels, torch.full_like(labels, -1)]), **cond).chunk(2)
+    return D_c, D_u
 
 # %% ../nbs/18_guidance.ipynb #518f6613
 class Thresholded(nn.Module):

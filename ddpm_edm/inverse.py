@@ -362,7 +362,7 @@ def dps(
 ) -> Callable:           # a step for `sample`
     "Diffusion posterior sampling: after each step, move against the gradient of |y - A D| (Chung et al. 2023, Algorithm 1)."
     if not 0 <= zeta < math.inf: raise ValueError(f"zeta must be 0 or more and finite, got {zeta}")
-    seen = _Given(None, op, y)
+    seen = _Given(lambda x, sigma: x, op, y)    # for its y alone: the denoiser is the sampler's
     def pushed(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
         with torch.enable_grad():
             point = x.detach().requires_grad_()

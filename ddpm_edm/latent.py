@@ -57,6 +57,10 @@ class Look(nn.Module):
 
 class Autoencoder(nn.Module):
     "Pictures as smaller pictures of standardized latents (Kingma & Welling 2014; Rombach et al. 2022, section 3.1)."
+    config: dict
+    shift: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         in_channels: int,                 # of the pictures
@@ -100,7 +104,8 @@ class Autoencoder(nn.Module):
         shift = m.mean((0, 2, 3))[:, None, None]
         scale = (m - shift).square().mean().sqrt()
         if not 1e-6 < scale < math.inf: raise ValueError(f"latents of {data.name} must differ from each other, got a standard deviation of {scale:g}")
-        self.shift.copy_(shift), self.scale.copy_(scale)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
 
 def _check_shape(name: str, x: Tensor, channels: int, factor: int = 1) -> None:
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape: raise ValueError(f"{name} must be (B, {channels}, H, W), got shape {tuple(x.shape)}")

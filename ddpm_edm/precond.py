@@ -22,6 +22,8 @@ from .noise import LogNormal, LogUniform, VPNoise, alpha_bars, cosine_betas
 # %% ../nbs/07_precond.ipynb #61251b55
 class Precond(nn.Module):
     "Turn a network into a denoiser: D = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7)."
+    config: dict    # given to those that come from a file: what it says of them
+
     def __init__(
         self,
         net,                              # network F: net(x, c_noise, **cond), (B, *) -> (B, *); a Module or any callable

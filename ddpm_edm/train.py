@@ -149,6 +149,9 @@ def _by_sigma(loss: Tensor, sigma: Tensor) -> Tensor:
 # %% ../nbs/15_train.ipynb #755ad240
 class Trainer:
     "A denoiser in training. Step k is a function of (seed, k) and the state, so a resumed run is the run itself."
+    device: torch.device
+    loss: Any    # loss(denoise, x0, sigma=..., n=..., **cond) -> (B,), perhaps with a method `at`, see `loss_now`
+
     def __init__(
         self,
         denoiser: EDMPrecond,           # trained in place
@@ -165,14 +168,14 @@ class Trainer:
         if settings.batch % (processes * accumulate):
             raise ValueError(f"batch must be a multiple of {processes} processes x {accumulate} parts, got {settings.batch}")
         self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.denoiser = denoiser.to(self.device, memory_format=self.layout).train().requires_grad_(True)
+        self.denoiser = denoiser.to(self.device).to(memory_format=self.layout).train().requires_grad_(True)
         self.ema = EMA(self.denoiser, settings.ema_halflife)
         self.power = {width: PowerEMA(self.denoiser, width) for width in settings.power_ema}
         model = torch.compile(self.denoiser) if compile else self.denoiser
         self.model = self.accelerator.prepare(model) if processes > 1 else model
         self.opt = torch.optim.AdamW(self.denoiser.parameters(), settings.lr, betas=(0.9, 0.99),
                                      fused=self.device.type != "mps")
-        scale = dict(init_scale=2.**16) if settings.precision == "fp16" else dict(init_scale=1., growth_interval=2**31 - 1)
+        scale: dict[str, Any] = dict(init_scale=2.**16) if settings.precision == "fp16" else dict(init_scale=1., growth_interval=2**31 - 1)
         self.scaler = torch.amp.GradScaler(self.device.type, **scale)    # at scale 1 it only leaves out steps that are not finite
         self.loss = settings.loss or EDMLoss(settings.noise, denoiser.sigma_data)
         self.seen = 0        # images
@@ -210,7 +213,9 @@ class Trainer:
         sigma, n, withheld = (_on(self.device, part[name]) for name in ("sigma", "n", "withheld"))
         x0, labels = self.data.batch(part["index"] if isinstance(self.data, MappedData) else _on(self.device, part["index"]))
         x0, cond = _on(self.device, x0).contiguous(memory_format=self.layout), {}
-        if self.denoiser.net.num_labels: cond["labels"] = torch.where(withheld, -1, _on(self.device, labels))
+        if self.denoiser.net.num_labels:
+            assert labels is not None    # `_check_fit` refuses a network with classes for data without
+            cond["labels"] = torch.where(withheld, -1, _on(self.device, labels))
         if self.settings.augment is not None:
             changes = {name.removeprefix("augment/"): value for name, value in part.items() if name.startswith("augment/")}
             x0, cond["augment"] = self.settings.augment(x0, changes)
@@ -245,7 +250,7 @@ class Trainer:
         "Whether any of the processes says yes; several of them ask each other in every 16th step only, since the answer makes them wait."
         if self.accelerator.num_processes == 1: return yes
         if self.seen // self.settings.batch % 16: return False
-        return self.accelerator.reduce(torch.tensor(float(yes), device=self.device)).item() > 0
+        return self.accelerator.reduce(torch.tensor(float(yes), device=self.device)).item() > 0    # pyright: ignore[reportAttributeAccessIssue]
 
 def _without_gpu() -> bool:
     "Whether several processes were launched where there is no GPU. Accelerate must be told, or each would train alone."
@@ -375,8 +380,10 @@ def read_log(
     "The lines of a run's metrics.jsonl, without one that a kill cut short."
     file = Path(run) / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    try: return [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as e: raise ValueError(f"{file} is damaged: {e}") from e
+    try: log = [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as e: raise ValueError(f"{file} is damaged: {e}") from e
+    if not all(isinstance(line, dict) for line in log): raise ValueError(f"{file} is damaged: a line is no JSON object")
+    return log
 
 def sample_picture(
     denoiser: EDMPrecond,
@@ -458,6 +465,7 @@ class RunFolder:
     def save(self, trainer: Trainer) -> None:
         "Write the state, then the averaged model made from it."
         if not self.main: return
+        assert isinstance(trainer.ema.model, EDMPrecond)    # a copy of the denoiser
         with replacing(self.state) as f: f.write_bytes(to_bytes(_state(trainer)))
         save_denoiser(trainer.ema.model, self.path / "model.safetensors", self.config)
 
@@ -592,6 +600,7 @@ def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> floa
         trainer.forget()
         loss = line["loss"]
     if "sample" in due:
+        assert isinstance(trainer.ema.model, EDMPrecond)
         folder.draw(trainer.ema.model, trainer.seen, **getattr(trainer.loss, "sampling", {}))
         folder.keep(trainer)
     if "save" in due: folder.save(trainer)
@@ -602,13 +611,14 @@ def _measured(channels_last: bool | None, run: Path | None) -> dict:
     "Precision and memory layout of the run that is resumed, else the fastest ones; the first process chooses for all."
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    state, choice = PartialState(cpu=_without_gpu()), [None]
+    state = PartialState(cpu=_without_gpu())
+    choice: list[Any] = [None]
     if state.is_main_process:
         try: there = json.loads((run / "config.json").read_text())["training"] if run else {}
         except (OSError, ValueError, KeyError, TypeError): there = {}    # RunFolder says what is wrong
         if "precision" in there: choice = [(there["precision"], there.get("channels_last", False))]
         else:
-            chosen, last = fastest(conv_times(state.device))
+            chosen, last = fastest(conv_times(state.device))    # pyright: ignore[reportArgumentType]
             choice = [(chosen, last if channels_last is None else channels_last)]
     broadcast_object_list(choice)
     return dict(precision=choice[0][0], channels_last=choice[0][1])

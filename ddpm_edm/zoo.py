@@ -131,8 +131,9 @@ class Machine:
     def REDUCE(self, _):
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not Global or type(arguments) is not tuple: raise ValueError(f"it calls a {type(name).__name__}")
-        if self.rules[name] is None: raise ValueError(f"it calls {name}, which is a mere word")
-        self.stack.append(self.rules[name](self, *arguments))
+        rule = self.rules[name]
+        if rule is None: raise ValueError(f"it calls {name}, which is a mere word")
+        self.stack.append(rule(self, *arguments))
     NEWOBJ = REDUCE
     def BUILD(self, _):
         state, target = self.stack.pop(), self.stack[-1]
@@ -313,11 +314,11 @@ def load_edm_pickle(
         if type(root) is not Record: raise ValueError(f"it holds no network called {key!r}")
         if type(root.state) is not dict or root.state.get("_init_args") not in ((), []) or type(root.state.get("_init_kwargs")) is not dict:
             raise ValueError("it does not say by which settings its network was made")
-        config = dict(cls=root.name[:100], kw=_plain(root.state["_init_kwargs"]))
+        kw = _plain(root.state["_init_kwargs"])
+        config = dict(cls=root.name[:100], kw=kw)
         tensors = _gather(root)
         _check_affordable(edm_settings(config), tensors)
         denoiser = from_edm(tensors, config)
-        kw = config["kw"]
         denoiser.config = dict(shape=[kw["img_channels"], kw["img_resolution"], kw["img_resolution"]], source=Path(path).name, edm=config)
     return denoiser.requires_grad_(False)
 
@@ -337,7 +338,7 @@ from .ddpm import DDPM, DDPMDenoiser
 from .noise import alpha_bars, cosine_betas, linear_betas, scaled_linear_betas, sigmoid_betas, zero_terminal_snr
 from .precond import EDMPrecond, IDDPMPrecond, VEPrecond, VPPrecond
 from .train import NETWORKS, _tensors, check_modest, load, read_log, replacing, save_denoiser
-from .unet import _Mean
+from .unet import Attention, _Mean
 
 # %% ../nbs/22b_sharing.ipynb #a5e59227
 class ConvResample(nn.Module):
@@ -396,7 +397,7 @@ def _places(net: UNet, layout: str) -> dict[str, str]:
     "Where blocks, attention and resamplers stand: our name -> theirs."
     levels, blocks = len(net.down), len(net.down[0])
     attends = lambda stages, i: isinstance(stages[i].attention, nn.Module) and not isinstance(stages[i].attention, nn.Identity)
-    places = {}
+    places: dict[str, str] = {}
     if layout == "guided":
         for k in range(levels):
             start, end, up = k * (blocks + 1), (k + 1) * (blocks + 1), net.up[k]
@@ -444,8 +445,9 @@ def _fill_net(net: UNet, weights: Mapping[str, Tensor], layout: str, interleaved
             raise ValueError(f"weights do not fit the settings: {names[ours][0]} has shape {tuple(parts[0].shape)} for {ours} of {tuple(value.shape)}")
         t = torch.cat([p.reshape(len(p), *value.shape[1:]) for p in parts]).float()
         if interleaved and ".qkv." in ours:    # heads outermost there, q, k and v here
-            heads = net.get_submodule(ours.rpartition(".qkv")[0]).heads
-            t = t.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            attention = net.get_submodule(ours.rpartition(".qkv")[0])
+            assert isinstance(attention, Attention)
+            t = t.unflatten(0, (attention.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         filled[ours] = t
     net.load_state_dict(filled, assign=True)
 
@@ -507,11 +509,11 @@ def diffusers_settings(
 ) -> dict:              # for ClassicUNet
     "Settings of our U-Net from those of diffusers' UNet2DModel."
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel": raise ValueError(f"_class_name must be 'UNet2DModel', got {config['_class_name']!r:.60}")
-    c = dict(center_input_sample=False, time_embedding_type="positional", time_embedding_dim=None, freq_shift=0, flip_sin_to_cos=True, mid_block_type="UNetMidBlock2D",
-             mid_block_scale_factor=1, downsample_padding=1, downsample_type="conv", upsample_type="conv", dropout=0., act_fn="silu", attention_head_dim=8, norm_num_groups=32,
-             attn_norm_num_groups=None, norm_eps=1e-5, resnet_time_scale_shift="default", add_attention=True, class_embed_type=None, num_class_embeds=None,
-             num_train_timesteps=None, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(224, 448, 672, 896),
-             down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3), up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D")) | dict(config)
+    c: dict[str, Any] = dict(center_input_sample=False, time_embedding_type="positional", time_embedding_dim=None, freq_shift=0, flip_sin_to_cos=True, mid_block_type="UNetMidBlock2D",
+                             mid_block_scale_factor=1, downsample_padding=1, downsample_type="conv", upsample_type="conv", dropout=0., act_fn="silu", attention_head_dim=8, norm_num_groups=32,
+                             attn_norm_num_groups=None, norm_eps=1e-5, resnet_time_scale_shift="default", add_attention=True, class_embed_type=None, num_class_embeds=None,
+                             num_train_timesteps=None, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(224, 448, 672, 896),
+                             down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3), up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D")) | dict(config)
     for name, allowed in _DIFFUSERS.items():
         if c[name] not in allowed: raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))} for our U-Net, got {str(c[name])[:60]!r}")
     down, up, widths = list(c["down_block_types"]), list(c["up_block_types"])[::-1], list(c["block_out_channels"])
@@ -537,7 +539,7 @@ _PREDICTS = {"epsilon": "eps", "sample": "D", "v_prediction": "v"}
 
 def _chain(config: Mapping, learns: bool, bars: Tensor | None = None) -> DDPM:
     "The steps of a scheduler of diffusers, from its settings, or the table that it has made of them."
-    c = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", trained_betas=None, prediction_type="epsilon", rescale_betas_zero_snr=False) | dict(config)
+    c: dict[str, Any] = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", trained_betas=None, prediction_type="epsilon", rescale_betas_zero_snr=False) | dict(config)
     if c["prediction_type"] not in _PREDICTS: raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTS)}, got {str(c['prediction_type'])[:60]!r}")
     if type(T := c["num_train_timesteps"]) is not int or not 1 <= T <= 100_000: raise ValueError(f"num_train_timesteps must be from 1 to 100000, got {str(T)[:60]}")
     if bars is not None: betas = 1 - bars / torch.cat([torch.ones_like(bars[:1]), bars[:-1]])
@@ -562,7 +564,8 @@ def load_diffusers(
         file = next((f for name in ("safetensors", "bin") if (f := folder / "unet" / f"diffusion_pytorch_model.{name}").is_file()), None)
         if file is None: raise ValueError("unet holds no diffusion_pytorch_model.safetensors")
         older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}    # names of attention before 2023
-        weights = {".".join(older.get(word, word) if ".attentions." in name else word for word in name.split(".")): t for name, t in read_checkpoint(file).items()}
+        theirs: dict[str, Tensor] = read_checkpoint(file)
+        weights = {".".join(older.get(word, word) if ".attentions." in name else word for word in name.split(".")): t for name, t in theirs.items()}
         net = _built(settings, weights, "diffusers")
         denoiser = _chain(scheduler, settings["out_channels"] == 2 * settings["in_channels"]).denoiser(net).eval()
     size = config.get("sample_size")
@@ -631,7 +634,7 @@ def to_diffusers(
     betas: Tensor | None = None,     # variances of the scheduler's steps; default: linear_betas(), which reach from sigma 0.01 to 157
 ) -> tuple[DiffusersModel, Any]:     # a model, and a DDIMScheduler; others are made by their from_config(scheduler.config)
     "A denoiser for use with diffusers' own schedulers and pipelines."
-    try: from diffusers import DDIMScheduler
+    try: from diffusers import DDIMScheduler    # pyright: ignore[reportPrivateImportUsage]
     except ImportError as e: raise ImportError("to_diffusers needs diffusers: pip install diffusers") from e
     betas = linear_betas() if betas is None else betas
     scheduler = DDIMScheduler(len(betas), trained_betas=betas.tolist(), clip_sample=False, timestep_spacing="trailing")
@@ -640,16 +643,17 @@ def to_diffusers(
 # %% ../nbs/22b_sharing.ipynb #e3ec9d73
 _NETS = NETWORKS | {"_Mean": _Mean, "ClassicUNet": ClassicUNet}    # what a file may ask for by name
 
-def _wrapping(denoiser: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+def _wrapping(denoiser: Precond | DDPMDenoiser) -> tuple[dict, dict[str, Tensor]]:
     "A wrapper's name and settings, and its tables."
     d, kind = denoiser, type(denoiser).__name__
-    if kind == "DDPMDenoiser": return dict(wrapper=kind, predicts=d.chain.predicts, variance=d.chain.variance), {"table.betas": d.chain.betas, "table.steps": d.chain.timesteps}
-    if kind == "IDDPMPrecond": return dict(wrapper=kind, predicts=d.predicts), {"table.u": d.u}
-    if kind == "VPPrecond": return dict(wrapper=kind, beta_d=d.beta_d, beta_min=d.beta_min, M=d.M, predicts=d.predicts), {}
-    if kind in ("VEPrecond", "EDMPrecond"): return dict(wrapper=kind) | (dict(sigma_data=d.sigma_data) if kind == "EDMPrecond" else {}), {}
+    if type(d) is DDPMDenoiser: return dict(wrapper=kind, predicts=d.chain.predicts, variance=d.chain.variance), {"table.betas": d.chain.betas, "table.steps": d.chain.timesteps}
+    if type(d) is IDDPMPrecond: return dict(wrapper=kind, predicts=d.predicts), {"table.u": d.u}
+    if type(d) is VPPrecond: return dict(wrapper=kind, beta_d=d.beta_d, beta_min=d.beta_min, M=d.M, predicts=d.predicts), {}
+    if type(d) is EDMPrecond: return dict(wrapper=kind, sigma_data=d.sigma_data), {}
+    if type(d) is VEPrecond: return dict(wrapper=kind), {}
     raise ValueError(f"denoiser must be one of this library's networks in its wrapper, got a {kind}")
 
-def _wrapped(net: nn.Module, c: Mapping, tables: Mapping[str, Tensor]) -> nn.Module:
+def _wrapped(net: nn.Module, c: Mapping, tables: Mapping[str, Tensor]) -> Precond | DDPMDenoiser:
     "The wrapper again."
     kind = c["wrapper"]
     if kind == "DDPMDenoiser": return DDPM(tables["table.betas"], predicts=c["predicts"], variance=c["variance"], timesteps=tables["table.steps"]).denoiser(net)
@@ -662,7 +666,7 @@ def _wrapped(net: nn.Module, c: Mapping, tables: Mapping[str, Tensor]) -> nn.Mod
     d.u = tables["table.u"]    # to the last bit
     return d
 
-def _save(denoiser: nn.Module, path: str | Path, config: dict) -> None:
+def _save(denoiser: Precond | DDPMDenoiser, path: str | Path, config: dict) -> None:
     "Write a denoiser as one safetensors file."
     if type(denoiser) is EDMPrecond and type(denoiser.net) in NETWORKS.values(): return save_denoiser(denoiser, path, config)
     if type(getattr(denoiser, "net", None)) not in _NETS.values(): raise ValueError(f"denoiser must be one of this library's networks in its wrapper, got a {type(denoiser).__name__}")
@@ -671,7 +675,7 @@ def _save(denoiser: nn.Module, path: str | Path, config: dict) -> None:
     tensors = {k: v.contiguous() for k, v in (denoiser.net.state_dict() | tables).items()}
     with replacing(path) as f: f.write_bytes(to_bytes(tensors, {"config": json.dumps(config)}))
 
-def _read(path: Path, device: str | torch.device) -> nn.Module:
+def _read(path: Path, device: str | torch.device) -> Precond | DDPMDenoiser:
     "The denoiser of a file of `_save`, or of `train.save_denoiser`."
     with _safely(path):
         with safe_open(path, "pt") as f:
@@ -707,13 +711,13 @@ def model_card(
     return "\n".join(lines + section("Measured", {k: v for k, v in (metrics or {}).items() if isinstance(v, (int, float, str)) and k != "run"}))
 
 def save_pretrained(
-    source: str | Path | nn.Module,    # a run folder, or a denoiser
-    folder: str | Path,                # to write model.safetensors, config.json, README.md and a run's samples.png to
-    name: str | None = None,           # by which others will load it; default: the folder's
-) -> Path:                             # the folder
+    source: str | Path | Precond | DDPMDenoiser,    # a run folder, or a denoiser
+    folder: str | Path,                             # to write model.safetensors, config.json, README.md and a run's samples.png to
+    name: str | None = None,                        # by which others will load it; default: the folder's
+) -> Path:                                          # the folder
     "A model with its card, as the Hugging Face Hub has them."
     run, folder = (Path(source) if isinstance(source, (str, Path)) else None), Path(folder)
-    denoiser = _read(run / "model.safetensors", "cpu") if run else source
+    denoiser = _read(Path(source) / "model.safetensors", "cpu") if isinstance(source, (str, Path)) else source
     config, metrics = getattr(denoiser, "config", {}), {}
     folder.mkdir(parents=True, exist_ok=True)
     _save(denoiser, folder / "model.safetensors", config)
@@ -729,7 +733,7 @@ def from_pretrained(
     name: str | Path,                       # a folder or file, or a model of the Hub such as "somebody/digits"
     revision: str | None = None,            # of the Hub's model: a branch, tag or commit; a commit can't change under you
     device: str | torch.device = "cpu",
-) -> nn.Module:                             # denoiser in evaluation mode; its `config` is what was saved beside it
+) -> Precond | DDPMDenoiser:                # denoiser in evaluation mode; its `config` is what was saved beside it
     "A denoiser that `save_pretrained` or `push_to_hub` wrote. Nothing in it is executed."
     if Path(name).exists(): return _read(Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name), device)
     if Path(name).suffix or str(name).count("/") != 1: raise FileNotFoundError(f"no folder {name}, and no model of the Hub is called so")
@@ -737,10 +741,10 @@ def from_pretrained(
     return _read(Path(hf_hub_download(str(name), "model.safetensors", revision=revision)), device)
 
 def push_to_hub(
-    source: str | Path | nn.Module,    # a run folder, or a denoiser
-    name: str,                         # user and model, such as "somebody/digits"
-    private: bool = False,             # whether others can see it
-) -> str:                              # the address of the commit
+    source: str | Path | Precond | DDPMDenoiser,    # a run folder, or a denoiser
+    name: str,                                      # user and model, such as "somebody/digits"
+    private: bool = False,                          # whether others can see it
+) -> str:                                           # the address of the commit
     "Save a model with its card, and upload it to the Hugging Face Hub; needs `hf auth login` once."
     from huggingface_hub import HfApi
     api = HfApi()
@@ -751,9 +755,9 @@ def push_to_hub(
 
 # %% ../nbs/22b_sharing.ipynb #1b8ef899
 def import_checkpoint(
-    path: str | Path,    # EDM's pickle, a folder of diffusers or of this library, or weights of guided-diffusion or DDIM
-    **how,               # for weights without settings: betas, head_dim, interleaved, see `from_state_dict`
-) -> nn.Module:          # denoiser, in evaluation mode
+    path: str | Path,           # EDM's pickle, a folder of diffusers or of this library, or weights of guided-diffusion or DDIM
+    **how,                      # for weights without settings: betas, head_dim, interleaved, see `from_state_dict`
+) -> Precond | DDPMDenoiser:    # denoiser, in evaluation mode
     "A denoiser from a checkpoint of any known kind; `save_pretrained` keeps it in ours."
     path = Path(path)
     if (path / "unet").is_dir(): return load_diffusers(path)

@@ -1,6 +1,7 @@
 "What people install: complete, small, light to import, free to upgrade."
 import email
 import re
+import shutil
 import sys
 import zipfile
 from configparser import ConfigParser
@@ -91,3 +92,9 @@ def test_import_is_light():
     assert loaded("import ddpm_edm", "torch", "numpy", *heavy) == ""
     names = [f"ddpm_edm.{p.stem}" for p in (ROOT / "ddpm_edm").glob("[!_]*.py")]
     assert loaded(f"[importlib.import_module(m) for m in {names}]", *heavy) == ""
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not on PATH; a job of CI runs it")
+def test_types():
+    "The annotations agree with the code and with each other: py.typed tells others to rely on them."
+    run("pyright", "--pythonpath", sys.executable, "ddpm_edm")

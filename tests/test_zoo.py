@@ -820,7 +820,7 @@ def edited(file, change):
 
 @pytest.mark.parametrize("change, wanted", [
     (lambda c: c.update(wrapper="os.system"), "asks for the wrapper 'os.system'"), (lambda c: c.update(network="Evil"), "KeyError"),
-    (lambda c: c["net"].update(blocks=10**9), "its settings ask for"), (lambda c: c["net"].update(mults=[1] * 10**5), "more blocks than the file holds"),
+    (lambda c: c["net"].update(blocks=10**9), "its settings ask for"), (lambda c: c["net"].update(mults=[1] * 10**5), "its settings ask for 100000 blocks"),
     (lambda c: c["net"].update(channels=10**9), "can't be read safely"), (lambda c: c["net"].update(groups=5), "groups must divide"), (lambda c: c["net"].update(evil=1), "TypeError"),
     (lambda c: c.pop("net"), "KeyError"), (lambda c: c.update(M=-3), "M must be"), (lambda c: c.update(net=[1]), "AttributeError"), (lambda c: c["net"].update(blocks="1"), "can't be read safely"),
 ])

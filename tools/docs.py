@@ -1,6 +1,6 @@
-"""The README, and checks of every documentation page, without Quarto.
+"""The README, the list of pages, and checks of every documentation page, without Quarto.
 
-    python tools/docs.py readme [--check]     make README.md from nbs/index.ipynb, or only compare
+    python tools/docs.py readme [--check]     make README.md from nbs/index.ipynb and nbs/llms.txt from all pages, or only compare
     python tools/docs.py check [--out DIR]    build every page and list what is wrong; the pages stay in DIR
 """
 import argparse
@@ -95,8 +95,22 @@ class ReadmeFilter(FilterDefaults):
     def base_procs(self): return [p for p in super().base_procs() if "show_doc" not in p.__name__]
 
 
+def llms_text() -> str:
+    "The pages by part, each with its promise and the address of its Markdown (llmstxt.org)."
+    parts = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    lines = []
+    for part in parts:
+        pages = [part] if isinstance(part, str) else part["contents"]
+        if part is not pages[0]: lines += ["", f"## {part['section']}", ""]
+        for page in pages:
+            first = text(json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))["cells"][0]["source"])
+            title, promise = re.fullmatch(r"# (.+?)\s+> (.+?)\s*", first, flags=re.S).groups()
+            lines += [f"# {title}", "", f"> {promise}"] if page == pages[0] == part else [f"- [{title}]({SITE}{nbpath2html(Path(page)).as_posix()}.md): {promise}"]
+    return "\n".join(lines) + "\n"
+
+
 def readme(check: bool) -> list[str]:
-    "Make README.md, and its pictures in index_files/; with `check` only tell which are out of date."
+    "Make README.md, its pictures in index_files/, and nbs/llms.txt; with `check` only tell which are out of date."
     nb = read_nb(ROOT / "nbs/index.ipynb")
     ReadmeFilter()(nb)
     front, *cells = json.loads(nb2str(nb))["cells"]
@@ -105,10 +119,10 @@ def readme(check: bool) -> list[str]:
         md = f"# {front['title']}\n\n> {front['description']}\n\n" + to_markdown(cells, Path(tmp, "index_files"), html=False)
         url = lambda m: f"]({SITE}{nbpath2html(Path(m[1])).as_posix()}{m[2] or ''})"
         Path(tmp, "README.md").write_text(re.sub(r"\]\((?!\w+:)([^)\s#]+\.ipynb)(#[^)\s]*)?\)", url, md), encoding="utf-8")
-        made = {p.relative_to(tmp): p.read_bytes() for p in Path(tmp).rglob("*.*")}
-    kept = {p.relative_to(ROOT): p.read_bytes() for p in (ROOT / "README.md", *ROOT.glob("index_files/*")) if p.exists()}
+        made = {p.relative_to(tmp): p.read_bytes() for p in Path(tmp).rglob("*.*")} | {Path("nbs/llms.txt"): llms_text().encode()}
+    kept = {p.relative_to(ROOT): p.read_bytes() for p in (ROOT / "README.md", ROOT / "nbs/llms.txt", *ROOT.glob("index_files/*")) if p.exists()}
     stale = [p for p in sorted(made | kept) if made.get(p) != kept.get(p)]
-    if check: return [f"{p} is not what nbs/index.ipynb makes; run: python tools/docs.py readme" for p in stale]
+    if check: return [f"{p} is not what the notebooks make; run: python tools/docs.py readme" for p in stale]
     for p in stale:
         (ROOT / p).parent.mkdir(exist_ok=True)
         if p in made: (ROOT / p).write_bytes(made[p])
