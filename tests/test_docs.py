@@ -2,6 +2,7 @@
 import base64
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -13,6 +14,19 @@ spec.loader.exec_module(docs)
 
 
 def test_site(): print(run(sys.executable, "tools/docs.py", "check"))
+
+
+def test_gallery(monkeypatch):
+    "What the gallery shows are pictures that the pages have now, with their descriptions, under the right headings."
+    cells = json.loads((ROOT / "nbs/gallery.ipynb").read_text(encoding="utf-8"))["cells"]
+    monkeypatch.chdir(ROOT / "nbs")
+    space = {}
+    for cell in cells:
+        if cell["cell_type"] == "code": exec("".join(cell["source"]).replace("HTML(f'", "made = (f'"), space)
+    stored = "".join(cells[-1]["outputs"][0]["data"]["text/html"])
+    def plain(page): return re.sub(r'src="[^"]+"', "", page)    # how Pillow packs pictures may change
+    assert plain(space["made"]) == plain(stored), "run nbs/gallery.ipynb"
+    assert stored.count("<img") == stored.count('alt="') > 30 and 'alt=""' not in stored
 
 
 PNG = base64.b64encode(b"bytes of a picture").decode()

@@ -105,7 +105,7 @@ def llms_text() -> str:
         for page in pages:
             first = text(json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))["cells"][0]["source"])
             title, promise = re.fullmatch(r"# (.+?)\s+> (.+?)\s*", first, flags=re.S).groups()
-            lines += [f"# {title}", "", f"> {promise}"] if page == pages[0] == part else [f"- [{title}]({SITE}{nbpath2html(Path(page)).as_posix()}.md): {promise}"]
+            lines += [f"# {title}", "", f"> {promise}", ""] if page == "index.ipynb" else [f"- [{title}]({SITE}{nbpath2html(Path(page)).as_posix()}.md): {promise}"]
     return "\n".join(lines) + "\n"
 
 
