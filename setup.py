@@ -20,6 +20,8 @@ setup(
         f"Development Status :: {cfg['status']}",
         f"Intended Audience :: {cfg['audience']}",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: {version}" for version in cfg["pythons"].split()),
+        "Typing :: Typed",
     ],
     python_requires=f">={cfg['min_python']}",
     package_data={"ddpm_edm": ["py.typed"]},

@@ -90,7 +90,7 @@ def expand(
 def _refused(t: Tensor, good: Callable[[Any], Any]) -> list[float]:
     "The first values that are not good; none where looking is costly or impossible (on a GPU, in `torch.compile` or `torch.vmap`)."
     if t.device.type != "cpu" or torch.compiler.is_compiling(): return []
-    try: return t[~good(t)].flatten()[:3].tolist()
+    try: return [v.item() for v in t[~good(t)].flatten()[:3]]
     except RuntimeError: return []    # inside torch.vmap no value can be looked at
 
 def check_sigma(

@@ -251,11 +251,15 @@ def nearest(
     return best.sqrt(), rows
 
 # %% ../nbs/16b_coverage.ipynb #e0faa0f9
+def _reach(radii: Tensor) -> Tensor:
+    "Largest squared distance that counts as inside: on the rim is inside, and a little rounding too."
+    return radii**2 * (1 + 1e-9)
+
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    "In how many balls each point lies, and how many points lie in each ball; on the rim is inside."
-    balls, members = torch.zeros(len(points)), torch.zeros(len(centres))
+    "In how many balls each point lies, and how many points lie in each ball."
+    balls, members, reach = torch.zeros(len(points)), torch.zeros(len(centres)), _reach(radii)
     for i, j, d2 in _blocks(points, centres):
-        hit = d2 <= radii[j:j + d2.shape[1]]**2 * (1 + 1e-9)    # a little rounding
+        hit = d2 <= reach[j:j + d2.shape[1]]
         balls[i:i + len(d2)] += hit.sum(1)
         members[j:j + d2.shape[1]] += hit.sum(0)
     return balls, members
@@ -272,9 +276,13 @@ def precision_recall(
 ) -> PrecisionRecall:
     "Improved precision and recall (Kynkäänniemi et al. 2019, section 2)."
     samples, data = _pair(samples, data)
-    radii = [nearest(x, k=k)[0][:, -1] for x in (samples, data)]
-    precision, recall = _inside(samples, data, radii[1])[0], _inside(data, samples, radii[0])[0]
-    return PrecisionRecall((precision > 0).float().mean().item(), (recall > 0).float().mean().item())
+    precise, recalled = torch.zeros(len(samples), dtype=torch.bool), torch.zeros(len(data), dtype=torch.bool)
+    around_samples, around_data = (_reach(nearest(x, k=k)[0][:, -1]) for x in (samples, data))
+    for i, j, d2 in _blocks(samples, data):
+        rows, columns = slice(i, i + len(d2)), slice(j, j + d2.shape[1])
+        precise[rows] |= (d2 <= around_data[columns]).any(1)
+        recalled[columns] |= (d2 <= around_samples[rows, None]).any(0)
+    return PrecisionRecall(precise.float().mean().item(), recalled.float().mean().item())
 
 # %% ../nbs/16b_coverage.ipynb #85dd4783
 class DensityCoverage(NamedTuple):

@@ -3,6 +3,7 @@ import errno
 import inspect
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -156,18 +157,117 @@ def test_help_explains_every_setting(name, function, capsys):
     assert "pdb" not in text and "xtra" not in text
 
 
+def test_every_command_has_examples():
+    assert set(cli.EXAMPLES) == set(COMMANDS)
+    for name, examples in cli.EXAMPLES.items(): assert 2 <= len(examples) <= 4 and all(0 < len(why) < 90 for why in examples.values())
+
+
+EVERY = [(name, words) for name, examples in cli.EXAMPLES.items() for words in examples]
+
+
+@pytest.mark.parametrize("name, words", EVERY)
+def test_examples_are_read_and_shown(name, words, capsys):
+    "The command's own parser takes each, and gives the function all it needs; --help shows it whole on a line of its own, for copying."
+    function, asked = COMMANDS[name], vars(cli._parser(COMMANDS[name], name).parse_args(shlex.split(words)))
+    inspect.signature(function).bind(**{k: v for k, v in asked.items() if k in inspect.signature(function).parameters})
+    required = {k for k, p in inspect.signature(function).parameters.items() if p.default is p.empty}
+    assert not {k for k in required if asked[k] is None}
+    assert call(name, "--help") == 0
+    assert f"    {name} {words}".rstrip() in capsys.readouterr().out.split("examples:")[1].splitlines()
+
+
+def test_examples_work(run, capsys):
+    "One after the other, as written but for words that make them short; those of import with files of that layout and name."
+    import test_zoo
+    Path("runs").mkdir()
+    os.rename("run", "runs/digits")
+    folder_of_pictures(Path("photos"), n=20)
+    Path("edm-cifar10-32x32-cond-vp.pkl").write_bytes(test_zoo.edm_pickle(test_zoo.tiny()[1], test_zoo.TINY))
+    torch.save(test_zoo.recorded("guided_updown")[1], "256x256_diffusion.pt")
+    short = {TRAIN: "--images 8 --batch 4 --channels 32 --size 8 --quiet", SAMPLE: "--steps 2 --quiet --device cpu", INFO: "",
+             EVAL: "--n 40 --steps 1 --quiet --device cpu --features pixels", DISTILL: "--images 8 --batch 4 --quiet", IMPORT: ""}
+    for name, words in EVERY:
+        if name == IMPORT and words.startswith("ddpm-celebahq"): continue    # needs diffusers; test_zoo and test_coming_from import its folders
+        if name == TRAIN and words == "": continue                           # trained already
+        more = short[name] + " --head-dim 16" * ("--head-dim" in words)      # this small network's; what is said last counts
+        assert call(name, f"{words} {more}") == 0, (words, capsys.readouterr().err)
+        said = capsys.readouterr()
+        if "--json" in words: json.loads(said.out)
+        else: assert said.out
+
+
 def test_help_of_the_program(tmp_path):
     said = command(SAMPLE, "--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stdout.startswith(f"usage: {SAMPLE} ") and said.stderr == ""
 
 
-def test_defaults_are_those_of_the_library():
+def test_defaults_are_those_of_the_library(monkeypatch, capsys):
+    "What is trained where nothing is asked for, and what the help says of it; named data are not measured."
     mine, theirs = (inspect.signature(f).parameters for f in (train_images, train))
-    for name in ("images", "batch", "lr", "ema_halflife", "label_dropout", "seed", "precision"): assert mine[name].default == theirs[name].default
-    noise = theirs["noise"].default
-    assert (mine["p_mean"].default, mine["p_std"].default) == (noise.P_mean, noise.P_std)
-    net = inspect.signature(UNet).parameters
-    for name in ("channels", "blocks", "dropout"): assert mine[name].default == net[name].default
+    for name in ("lr", "label_dropout", "seed", "precision"): assert mine[name].default == theirs[name].default
+    noise, net = theirs["noise"].default, inspect.signature(UNet).parameters
+    default = {name: theirs[name].default for name in ("images", "batch", "ema_halflife")} | {name: net[name].default for name in ("channels", "blocks", "dropout")}
+    default |= dict(p_mean=noise.P_mean, p_std=noise.P_std)
+    help_of = {a.dest: a.help for a in cli._parser(train_images, TRAIN)._actions}
+    for name, value in default.items(): assert f"default: {value:g}" in help_of[name]
+    got = {}
+    def spy(denoiser, data, out, **settings):
+        got.update(settings, net=denoiser.net.config, sigma_data=denoiser.sigma_data)
+        Path(out, "samples").mkdir(parents=True)
+        Path(out, "samples", "1.png").touch()
+    monkeypatch.setattr(cli, "train", spy)
+    monkeypatch.setattr(cli, "recipe", None)    # not to be called
+    train_images(out="run")
+    expected = {name: p.default for name, p in theirs.items() if p.kind is p.KEYWORD_ONLY}
+    assert {name: got[name] for name in expected if name in got and name != "progress"} == {name: v for name, v in expected.items() if name in got and name != "progress"}
+    assert got["net"] == UNet(1, mults=[1, 1], attention=[1], num_labels=10).config and got["sigma_data"] == 0.752
+    assert capsys.readouterr().out.splitlines()[-1] == "next: ddpm-edm-sample run"
+
+
+# --- completion
+
+def test_completion_is_one_line_of_flags(capsys):
+    for name, function in COMMANDS.items():
+        assert call(name, "--print-completion bash") == 0    # though a run or file would be needed otherwise
+        line = capsys.readouterr().out
+        assert line.startswith("complete -o default -W '") and line.endswith(f"' {name}\n") and line.count("\n") == 1
+        flags = set(line.split("'")[1].split())
+        wanted = {"--" + k.replace("_", "-") for k, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+        assert flags == wanted | {"--help", "--print-completion"}
+        for shell in ("fish", ""): assert call(name, f"--print-completion {shell}") == 2
+        capsys.readouterr()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
+@pytest.mark.parametrize("shell, start", [("bash", ["--norc", "--noprofile", "-i"]), ("zsh", ["-f", "-i"])])
+def test_completion_in_a_shell(shell, start, tmp_path, capsys):
+    "Tab, as typed in a terminal, completes a flag, and a file after it."
+    import pty
+    import shutil
+    if not shutil.which(shell): pytest.skip(f"no {shell} here")
+    assert call(SAMPLE, f"--print-completion {shell}") == 0
+    Path("completion").write_text(capsys.readouterr().out)
+    Path("a-picture.png").touch()
+    pid, terminal = pty.fork()
+    if pid == 0: os.execvpe(shell, [shell, *start], os.environ | dict(TERM="dumb", ZDOTDIR=str(tmp_path), HOME=str(tmp_path)))    # the child is the shell
+    said = b""
+    def until(text):
+        nonlocal said
+        deadline, said = time.monotonic() + 30, b""
+        while text not in said:
+            assert time.monotonic() < deadline, said
+            if select.select([terminal], [], [], 0.1)[0]: said += os.read(terminal, 4096)
+    try:
+        os.write(terminal, b". ./completion; echo rea''dy\n")
+        until(b"ready")
+        os.write(terminal, b"ddpm-edm-sample --upsc\t")
+        until(b"--upscale ")
+        os.write(terminal, b"a-pi\t")
+        until(b"a-picture.png")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
 
 
 # --- run_command
@@ -307,6 +407,72 @@ def test_unconditional(capsys):
     assert "labels must be left out for a model without classes, got '3'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_a_folder_gets_its_settings_by_recipe(device, monkeypatch, capsys):
+    "What recipe measures, cut down to a first look without CUDA; what is asked for goes before; and all of it is said."
+    from ddpm_edm.data import image_folder, recipe
+    monkeypatch.setattr(cli, "_usable", lambda asked: device)
+    got, gpu = {}, device == "cuda"
+    def spy(denoiser, data, out, **settings):
+        got.update(settings, net=denoiser.net.config, sigma_data=denoiser.sigma_data, size=data.shape[1:])
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        Path(out, "samples", "000000008.png").touch()
+    monkeypatch.setattr(cli, "train", spy)
+    folder_of_pictures(Path("photos"), n=60, size=40)
+    d = image_folder("photos", 32 if gpu else 16)
+    r = recipe(d)
+    assert call(TRAIN, "--data photos") == 0
+    said = capsys.readouterr().out
+    assert got["size"] == d.shape[1:] and got["sigma_data"] == r.sigma_data and got["noise"] == r.train["noise"]
+    images, batch = (r.train["images"], r.train["batch"]) if gpu else (r.train["images"] // 16, 32)
+    assert (got["images"], got["batch"], got["ema_halflife"]) == (images, batch, images / 30)
+    assert got["net"] == UNet(**r.net | dict(channels=64 if gpu else 32)).config and got["net"]["num_labels"] == 2
+    assert [got[f"{k}_every"] for k in ("log", "save", "sample")] == [images // 120, images // 12, images // 6]
+    for name in ("sigma_data", "sigma_min", "sigma_max", "noise"): assert f"{name} " in said and r.reasons[name] in said
+    assert ("recipe says 960,000" in said) != gpu and f"{images:,}" in said and "samples/000000008.png" in said
+    assert said.splitlines()[-1] == f"next: {SAMPLE} runs/photos --sigma-min {r.sigmas['sigma_min']:g} --sigma-max {r.sigmas['sigma_max']:g}"
+    assert said.count("\n") < 20
+    words = "--images 1200 --batch 5 --channels 96 --blocks 2 --dropout 0.3 --p-mean -2 --size 12 --unconditional"
+    assert call(TRAIN, f"--data photos {words}") == 0
+    assert (got["images"], got["batch"], got["ema_halflife"], got["size"]) == (1200, 5, 40, (12, 12)) and got["log_every"] == 10
+    assert [got["net"][k] for k in ("channels", "blocks", "dropout", "num_labels")] == [96, 2, 0.3, 0] and (got["noise"].P_mean, got["noise"].P_std) == (-2, 1.2)
+    assert capsys.readouterr().out.count("as asked") == 6    # images, batch, channels, blocks, dropout, noise
+    assert call(TRAIN, "--data photos --ema-halflife 77 --p-std 0.5") == 0
+    assert got["ema_halflife"] == 77 and got["noise"].P_std == 0.5 and got["noise"].P_mean == r.train["noise"].P_mean
+
+
+def test_200_pictures_to_a_grid_by_one_command(capsys):
+    "And the command that it names next draws more."
+    folder_of_pictures(Path("photos"), classes=("",), n=200)
+    assert call(TRAIN, "--data photos/ --out runs/mine --size 8 --images 64 --batch 32 --quiet") == 0
+    said = capsys.readouterr().out
+    grid = Path("runs/mine") / said.split("loss.png, ")[1].splitlines()[0]
+    assert pixels(grid).shape == ((8 * 9 - 1) * 4,) * 2 + (3,)    # 8 x 8 samples
+    command = said.splitlines()[-1].removeprefix(f"next: {SAMPLE} ")
+    assert "--sigma-max" in command and call(SAMPLE, f"{command} --n 4 --steps 2 --scale 1 --quiet") == 0
+    assert pixels("samples.png").shape == (17, 17, 3)
+
+
+def test_pictures_kept_on_disk_are_the_same(capsys):
+    folder_of_pictures(Path("photos"), n=5)
+    words = "--data photos --size 8 --images 8 --batch 4 --channels 32 --precision fp32 --quiet --out"
+    assert call(TRAIN, f"{words} a --cache kept") == call(TRAIN, f"{words} b --cache kept") == call(TRAIN, f"{words} c") == 0
+    assert len(list(Path("kept").glob("*.pixels"))) == 1 and "on disk" in capsys.readouterr().out
+    assert Path("a/model.safetensors").read_bytes() == Path("c/model.safetensors").read_bytes()
+
+
+def test_transformer(capsys):
+    "A DiT by name, in its own sizes, for digits and for a folder of odd size, and drawn from like others."
+    assert call(TRAIN, "--network dit --images 8 --batch 4 --channels 64 --quiet --out dit") == 0
+    net = load("dit").net
+    assert type(net).__name__ == "DiT" and (net.config["width"], net.config["depth"], net.config["patch"], net.num_labels) == (64, 4, 2, 10)
+    assert call(SAMPLE, "dit --labels 3 --n 2 --steps 2 --quiet") == 0
+    folder_of_pictures(Path("photos"), n=5)
+    assert call(TRAIN, "--network dit --data photos --size 7 --images 8 --batch 4 --blocks 1 --quiet --out odd") == 0
+    net = load("odd").net.config
+    assert (net["width"], net["depth"], net["patch"], net["in_channels"]) == (128, 1, 1, 3)
+
+
 def errors(name, words, capsys):
     "The single line a mistake gets."
     assert call(name, words) == 1
@@ -319,7 +485,8 @@ def errors(name, words, capsys):
     ("--data cifar", "digits, mnist, fashion_mnist, cifar10 or a folder of pictures, got 'cifar'"),
     ("--data no/where --size 8", "got 'no/where'"),
     ("--data empty --size 8", "no picture in empty"),
-    ("--data pictures", "needs a size"),
+    ("--data alike --size 8", "data must hold different images; the 2 of alike are all alike"), ("--cache kept", "cache is for a folder of pictures; digits is kept"),
+    ("--network cnn", "network must be unet or dit, got 'cnn'"),
     ("--data pictures --size 0", "size must be"),
     ("--data pictures --size 8 --strict", "cats/broken.png"),
     ("--data digits --size 8", "one size"),
@@ -337,6 +504,8 @@ def test_training_mistakes(words, message, capsys):
     folder_of_pictures(Path("pictures"))
     Path("pictures/cats/broken.png").write_bytes(b"oops")
     Path("empty").mkdir()
+    Path("alike").mkdir()
+    for i in "ab": Image.fromarray(np.full((9, 9), 7, np.uint8)).save(f"alike/{i}.png")
     Path("file.txt").write_text("mine")
     before = sorted(Path(".").rglob("*"))
     assert message in errors(TRAIN, f"{words} --quiet", capsys)
@@ -504,6 +673,25 @@ def test_same_pictures_from_same_seeds(run, solver):
     assert abs(a - c).max() <= 1 and abs(a[1, 2] - d[0, 0]).max() <= 1    # one grey level: float32 rounds differently in another batch
     assert abs(a.reshape(9, 8, 8)[1:] - e.reshape(9, 8, 8)[:8]).max() <= 1
     assert abs(a[0, 0] - a[0, 1]).max() > 50    # different seeds are different pictures
+
+
+def test_json_is_all_there_is_on_stdout(run, capsys):
+    "One object where scripts read; bars and warnings go elsewhere; a mistake leaves stdout empty."
+    assert call(SAMPLE, "run --labels 3,1 --n 3 --steps 2 --seed 7 --out s.png --json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == dict(out="s.png", pictures=3, labels=["3", "3", "1"], seed=7, steps=2, solver="heun", evaluations=3) and "evaluations" in said.err
+    assert call(EVAL, "run --n 12 --steps 1 --features pixels --cache refs --out e.json --json --quiet") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads(Path("e.json").read_text()) and json.loads(said.out)["samples"] == 12 and "comes out too high" in said.err
+    for name, words in ((SAMPLE, "run --steps 0"), (EVAL, "run --n 3"), (INFO, "nothing")):
+        assert call(name, f"{words} --json") == 1
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith(f"{name}: error: ")
+
+
+def test_json_of_pictures_without_labels(run, pictures, capsys):
+    assert call(SAMPLE, "run --init any.png --n 2 --steps 2 --json --quiet") == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == [None, None]
 
 
 def test_bar_counts_evaluations(run, capsys):

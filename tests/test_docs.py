@@ -1,5 +1,6 @@
 "Every page of the documentation builds without a fault, and the tool that says so does see faults."
 import base64
+import importlib
 import importlib.util
 import json
 import re
@@ -22,11 +23,22 @@ def test_gallery(monkeypatch):
     monkeypatch.chdir(ROOT / "nbs")
     space = {}
     for cell in cells:
-        if cell["cell_type"] == "code": exec("".join(cell["source"]).replace("HTML(f'", "made = (f'"), space)
+        if cell["cell_type"] == "code" and "git clone" not in "".join(cell["source"]): exec("".join(cell["source"]).replace("HTML(f'", "made = (f'"), space)
     stored = "".join(cells[-1]["outputs"][0]["data"]["text/html"])
     def plain(page): return re.sub(r'src="[^"]+"', "", page)    # how Pillow packs pictures may change
     assert plain(space["made"]) == plain(stored), "run nbs/gallery.ipynb"
     assert stored.count("<img") == stored.count('alt="') > 30 and 'alt=""' not in stored
+
+
+def test_reference():
+    "The page of all names has each public name once, under its module. (`test_readme` says whether it is up to date, `test_site` follows its links.)"
+    cells = json.loads((ROOT / "nbs/reference.ipynb").read_text(encoding="utf-8"))["cells"]
+    page = "".join(line for cell in cells for out in cell.get("outputs", []) for line in out["data"]["text/markdown"])
+    modules = re.findall(r"^## (\w+)$(.*?)(?=^## |\Z)", page, flags=re.M | re.S)
+    assert sorted(name for name, _ in modules) == sorted(p.stem for p in (ROOT / "ddpm_edm").glob("[a-z]*.py"))
+    for name, lines in modules:
+        listed = re.findall(r"^\| \[(\w+)\]\(\d\d[a-z]?_\w+\.ipynb(?:#[\w-]+)?\) \| \S", lines, flags=re.M)
+        assert sorted(listed) == sorted(importlib.import_module(f"ddpm_edm.{name}").__all__), name
 
 
 PNG = base64.b64encode(b"bytes of a picture").decode()
@@ -41,10 +53,11 @@ def stream(text, name="stdout"): return {"output_type": "stream", "name": name, 
 
 GOOD = [
     md("---\ntitle: Core\n---") | {"cell_type": "raw"},   # as nbdev's filters leave title and promise
-    md(f"{BADGE}\n\nSee [below](#one-two), [itself](00_core.ipynb#one-two), [the site]({docs.SITE}core.html#one-two), [code]({docs.BLOB}ddpm_edm/core.py#L1)."),
+    md(f"You need nothing.\n\n{BADGE}\n\nSee [below](#one-two), [itself](00_core.ipynb#one-two), [the site]({docs.SITE}core.html#one-two), [code]({docs.BLOB}ddpm_edm/core.py#L1)."),
     md("## One two\n\nInline $x_0 + \\sigma n$ and\n\n$$\\nabla_x \\log p(x;\\sigma) = \\frac{D - x}{\\sigma^2} \\tag{Tweedie}$$\n\n- a list\n- of two[^1]\n\n[^1]: A note."),
     code('#| fig-alt: "A square: [1, 2] of $x^2$"\nplt.imshow(x)', show("image/png", PNG), stream("3 of 4\n")),
     code("#| eval: false\nimport torch\nx = 1"),
+    md("**References.** Somebody, *something* (2022), eq. 3."),
 ]
 FAULTS = {
     "TeX": ([md(r"$\frac{1}{$")], "pandoc"),
@@ -78,9 +91,10 @@ FAULTS = {
 }
 
 
-def faults(tmp_path, cells, name="00_core.ipynb"):
+def faults(tmp_path, cells, name="00_core.ipynb", **others):
     (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs" / name).write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    for file, content in {name: cells, **others}.items():
+        (tmp_path / "nbs" / file).write_text(json.dumps({"cells": content, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
     (tmp_path / "_quarto.yml").write_text("website: {sidebar: {contents: [{section: Score, contents: [00_core.ipynb]}]}}")
     return docs.build(tmp_path, tmp_path / "site", filters=False)[0]
 
@@ -97,11 +111,24 @@ def test_fault_is_found(fault, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda cells: [md("# Core\n\n> A promise.\n\nThen more.")] + cells[1:], "nbdev keeps only title and promise"),
+    (lambda cells: [md("# Core\n\nNo promise.")] + cells[1:], "not a title and a promise"),
+    (lambda cells: cells[1:], "not a title and a promise"),
     (lambda cells: cells[:1] + cells[2:], "no Colab badge"),
+    (lambda cells: cells[:1] + [md(BADGE)] + cells[2:], "what a reader needs"),
+    (lambda cells: cells[:-1], "no references"),
 ])
-def test_head_of_page(change, message, tmp_path):
+def test_frame_of_page(change, message, tmp_path):
     found = faults(tmp_path, change(GOOD))
     assert any(message in f for f in found), found
+
+
+def test_map(tmp_path):
+    "The home page leads to every page."
+    (tmp_path / "one").mkdir()
+    home = [md("---\ntitle: Home\n---") | {"cell_type": "raw"}, md(f"You need nothing.\n\n{BADGE.replace('00_core', 'index')}"), md("## Sources\n\n[Core](00_core.ipynb)")]
+    assert not any("map of the book" in f for f in faults(tmp_path / "one", GOOD, **{"index.ipynb": home}))
+    (tmp_path / "two").mkdir()
+    assert "index.ipynb: the map of the book lacks 00_core.ipynb" in faults(tmp_path / "two", GOOD, **{"index.ipynb": home[:2] + [md("## Sources\n\nNone.")]})
 
 
 def test_sidebar(tmp_path):

@@ -1,6 +1,7 @@
 """The README, the list of pages, and checks of every documentation page, without Quarto.
 
-    python tools/docs.py readme [--check]     make README.md from nbs/index.ipynb and nbs/llms.txt from all pages, or only compare
+    python tools/docs.py readme [--check]     make README.md from nbs/index.ipynb, nbs/llms.txt from all pages and the tables
+                                              of nbs/reference.ipynb from the package, or only compare
     python tools/docs.py check [--out DIR]    build every page and list what is wrong; the pages stay in DIR
 """
 import argparse
@@ -34,6 +35,7 @@ COLAB = "https://colab.research.google.com/github/ddpm-edm/ddpm_edm/blob/main/"
 PANDOC = ["--from=markdown-implicit_figures-raw_tex", "--to=html", "--standalone", "--toc", "--mathml", "--wrap=preserve"]
 MIMES = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/plain"]   # as Quarto prefers
 MAX_BYTES = 3_000_000    # of a page with its pictures
+NO_REFERENCES = {"gallery", "reference", "own_images", "solver_lab"}   # pages that speak of nobody's work, or leave that to those they link
 LEFTOVERS = {            # what must not stand in running text, and why it probably does
     r"\$": "mathematics not closed, or with a blank just inside its dollars",
     r"\\[A-Za-z]{2,}": "TeX outside dollars",
@@ -109,8 +111,19 @@ def llms_text() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reference_page() -> str:
+    "nbs/reference.ipynb with what its code says of the package as it is now."
+    nb, space = json.loads((ROOT / "nbs/reference.ipynb").read_text(encoding="utf-8")), {}
+    sys.path.insert(0, str(ROOT))
+    for cell in nb["cells"]:
+        if cell["cell_type"] != "code" or "%pip" in text(cell["source"]): continue
+        exec(text(cell["source"]), space)
+        for output in cell["outputs"]: output["data"]["text/markdown"] = "\n".join(space["lines"]).splitlines(True)
+    return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
+
+
 def readme(check: bool) -> list[str]:
-    "Make README.md, its pictures in index_files/, and nbs/llms.txt; with `check` only tell which are out of date."
+    "Make README.md, its pictures in index_files/, nbs/llms.txt and the tables of nbs/reference.ipynb; with `check` only tell which are out of date."
     nb = read_nb(ROOT / "nbs/index.ipynb")
     ReadmeFilter()(nb)
     front, *cells = json.loads(nb2str(nb))["cells"]
@@ -119,8 +132,9 @@ def readme(check: bool) -> list[str]:
         md = f"# {front['title']}\n\n> {front['description']}\n\n" + to_markdown(cells, Path(tmp, "index_files"), html=False)
         url = lambda m: f"]({SITE}{nbpath2html(Path(m[1])).as_posix()}{m[2] or ''})"
         Path(tmp, "README.md").write_text(re.sub(r"\]\((?!\w+:)([^)\s#]+\.ipynb)(#[^)\s]*)?\)", url, md), encoding="utf-8")
-        made = {p.relative_to(tmp): p.read_bytes() for p in Path(tmp).rglob("*.*")} | {Path("nbs/llms.txt"): llms_text().encode()}
-    kept = {p.relative_to(ROOT): p.read_bytes() for p in (ROOT / "README.md", ROOT / "nbs/llms.txt", *ROOT.glob("index_files/*")) if p.exists()}
+        made = {p.relative_to(tmp): p.read_bytes() for p in Path(tmp).rglob("*.*")}
+    made |= {Path("nbs/llms.txt"): llms_text().encode(), Path("nbs/reference.ipynb"): reference_page().encode()}
+    kept = {p.relative_to(ROOT): p.read_bytes() for p in (*(ROOT / p for p in ("README.md", "nbs/llms.txt", "nbs/reference.ipynb")), *ROOT.glob("index_files/*")) if p.exists()}
     stale = [p for p in sorted(made | kept) if made.get(p) != kept.get(p)]
     if check: return [f"{p} is not what the notebooks make; run: python tools/docs.py readme" for p in stale]
     for p in stale:
@@ -132,9 +146,20 @@ def readme(check: bool) -> list[str]:
 
 # ---- pages ----
 
+def frame_faults(path: Path) -> list[str]:
+    "What a page lacks of what every page has: a promise, what a reader needs, references. (`page_faults` asks for the badge.)"
+    first, *rest = [text(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] != "code"] or [""]
+    faults = []
+    if not re.fullmatch(r"# .+\n+> .+\s*|---\n.*\n---\s*", first, flags=re.S): faults.append("the first cell is not a title and a promise (# Title, then > promise)")
+    if not any(re.match("You need|Nothing is needed", line) for cell in rest[:3] for line in cell.splitlines()):
+        faults.append("no line near the top says what a reader needs (You need ...)")
+    if path.stem not in NO_REFERENCES and not re.search(r"^(\*\*References|#+ (References|Sources)$)", "\n".join(rest), flags=re.M): faults.append("no references")
+    return faults
+
+
 def stored_faults(path: Path) -> list[str]:
     "What is wrong with a notebook as it is stored."
-    faults = []
+    faults = frame_faults(path)
     for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         def say(what, i=i): faults.append(f"cell {i}: {what}")
         source = text(cell["source"])
@@ -213,7 +238,7 @@ def page_faults(file: Path, pages: dict[Path, Page | None], nbs: Path, out: Path
         # nbdev links a method to an anchor that it does not make: its class must be there
         elif pages[target] and pages[target].ids.isdisjoint({unquote(u.fragment), u.fragment.split(".")[0]}):
             faults.append(f"no such anchor: {url}")
-    if file.name != "index.html" and COLAB + source not in page.links: faults.append("no Colab badge that opens this page")
+    if COLAB + source not in page.links: faults.append("no Colab badge that opens this page")
     if page.silent: faults.append(f"{page.silent} picture(s) without alt text")
     for pattern, cause in LEFTOVERS.items():
         found = [" ".join(page.text[max(0, m.start() - 30):m.end() + 30].split()) for m in re.finditer(pattern, page.text, flags=re.M)]
@@ -253,6 +278,8 @@ def build(root: Path, out: Path, filters: bool = True) -> tuple[list[str], str]:
     found = [f"{name}: {what}" for name in names for what in dict.fromkeys(faults[name])]
     found += [f"_quarto.yml: the sidebar lacks {page}" for page in sorted(there - listed)]
     found += [f"_quarto.yml: the sidebar names {page}, which is not there" for page in sorted(listed - there)]
+    if home := pages.get(out / "index.html"):
+        found += [f"index.ipynb: the map of the book lacks {name}" for name in names if os.path.relpath(files[name], out) not in {*home.links, "index.html"}]
     built = [page for page in pages.values() if page]
     return found, (f"{len(built)} of {len(names)} pages, {len(list(out.rglob('*_files/*')))} pictures, "
                    f"{sum(not url.startswith('#cb') for page in built for url in page.links)} links, {len(found)} faults")
