@@ -14,6 +14,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -639,8 +640,9 @@ def _lost_processes(several: bool, out: str | Path) -> Iterator[None]:
     except RuntimeError as e:
         lost = any(word in str(e) for word in ("Connection", "connection", "closed by peer", "NCCL", "Timed out", "timed out"))
         if not (several and lost): raise
-        raise RuntimeError(f"another process of this training has ended, so this one does too; {out} keeps the last saved state; "
-                           "start again with resume=True (--resume)") from e
+        why = f"another process of this training has ended, so this one does too; {out} keeps the last saved state; start again with resume=True (--resume)"
+        print(why, file=sys.stderr, flush=True)    # at once: the launcher may end this process before a traceback is out
+        raise RuntimeError(why) from e
 
 # %% ../nbs/15_train.ipynb #77411ec5
 def _check_fit(denoiser: EDMPrecond, data: ImageData, settings: Settings) -> None:

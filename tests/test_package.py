@@ -54,7 +54,7 @@ def pythons() -> dict[str, str]:
     for version in SETTINGS["pythons"].split():
         homes = sorted((Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions").glob(f"{version}.*/bin"))
         for python in filter(None, [shutil.which(f"python{version}"), *(str(home / f"python{version}") for home in homes)]):
-            works = subprocess.run([python, "-c", "import venv, sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
+            works = subprocess.run([python, "-c", "import ensurepip, venv, sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
             if works.returncode == 0 and works.stdout.strip() == version: found.setdefault(version, python)
     return found
 
@@ -64,9 +64,9 @@ def test_installs(version, wheel, tmp_path):
     """Into a fresh environment of every Python there is: all modules compile, and it is imported, without one warning.
 
     Without its requirements, gigabytes of them; `tools/colab.py` installs these too, and so does CI for each Python."""
-    run(pythons()[version], "-m", "venv", "--without-pip", tmp_path / "env")
+    run(pythons()[version], "-m", "venv", tmp_path / "env")    # with a pip of its own: ours may be too old for that Python
     python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", "--no-compile", wheel.filename)
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile", wheel.filename)
     there, commands = run(python, "-W", "error", "-c", PYTHON, cwd=tmp_path, PYTHONPATH=None).split(maxsplit=1)
     run(python, "-W", "error", "-m", "compileall", "-q", "-f", there, cwd=tmp_path)
     assert ast.literal_eval(commands) == set(COMMANDS)
