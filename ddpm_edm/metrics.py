@@ -25,8 +25,9 @@ def _checked(name: str, x) -> Tensor:
     x = torch.as_tensor(x).cpu()
     if x.ndim != 2 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(f"{name} must be features (N, F), floating point and not empty, got shape {tuple(x.shape)} {x.dtype}")
-    if not (wrong := ~x.isfinite()).any(): return x
-    raise ValueError(f"{name} must be finite, but {int(wrong.any(1).sum())} of {len(x)} rows are not, the first at {int(wrong.any(1).nonzero()[0])}")
+    wrong = torch.cat([~rows.isfinite().all(1) for rows in x.split(1024)])    # in parts: torch makes copies of what it tests
+    if not wrong.any(): return x
+    raise ValueError(f"{name} must be finite, but {int(wrong.sum())} of {len(x)} rows are not, the first at {int(wrong.nonzero()[0])}")
 
 def _folded(rows: Tensor) -> Tensor:
     "A root with at most as many rows as columns: the triangle of the QR decomposition."
@@ -223,7 +224,7 @@ from .core import show_images
 # %% ../nbs/16b_coverage.ipynb #165cbf7b
 def _blocks(a: Tensor, b: Tensor, size: int = 1024) -> Iterator[tuple[int, int, Tensor]]:
     "Squared distances of the rows of a and b in blocks: first row, first column, the block in float64."
-    centre = b.mean(0, dtype=torch.float64)
+    centre = sum(rows.double().sum(0) for rows in b.split(size)) / len(b)    # in parts, as all of b in float64 may be too much
     for i in range(0, len(a), size):
         left = a[i:i + size].double() - centre
         for j in range(0, len(b), size):

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from urllib.error import URLError
 
@@ -145,6 +147,19 @@ def test_memory_is_bounded(monkeypatch):
     held.clear()
     statistics(normal(9000, 600))
     assert max(held) <= 2 * 600 + 600 + 1
+
+
+def test_features_are_not_copied_whole():
+    "Neither the check for NaN nor the distances make another table as large as the features."
+    script = """import resource, torch
+from ddpm_edm.metrics import nearest
+many, few = torch.rand(100_000, 1024), torch.rand(100, 1024)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+nearest(many, few), nearest(few, many)
+print(peak() - before)"""
+    grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert grown < 200    # MB: a few blocks of 1024 rows in float64; the features have 400 MB
 
 
 def test_from_moments():
