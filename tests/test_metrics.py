@@ -159,7 +159,7 @@ before = peak()
 nearest(many, few), nearest(few, many)
 print(peak() - before)"""
     grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    assert grown < 200    # MB: a few blocks of 1024 rows in float64; the features have 400 MB
+    assert grown < 350    # MB: blocks of 1024 rows in float64, and what the allocator keeps (about 200); a copy of the features is 400
 
 
 def test_from_moments():
