@@ -169,13 +169,13 @@ def memory(name: str) -> float:
 # --- quality: each trains, and after so many seconds of training yields a function that makes n samples (n, 64) in [-1, 1]
 
 def train_ours(marks: list[float]) -> Iterator[Callable]:
-    "The settings of `train`, with half of its network's width for less than five minutes; a run for each mark, since the rate falls to a run's end."
+    "The settings of `train` with Muon, and half of its network's width for less than five minutes; a run for each mark, since the rate falls to a run's end."
     data, (precision, channels_last) = digits(), fastest(conv_times(DEVICE))
     def trainer(images, mark):
         torch.manual_seed(0)
         net, noise = UNet(1, channels=32) if mark < 300 else UNet(1, mults=(1, 1)), LogNormal(-0.6)
         return Trainer(EDMPrecond(net, data.stats().std), data,
-                       Settings(images, 64, 1e-3, 0.02, 5000, min(8000, images / 12), 0., noise, 0, precision, channels_last=channels_last))
+                       Settings(images, 64, 1e-3, 0.02, 5000, min(8000, images / 12), 0., noise, 0, precision, channels_last=channels_last, optimizer="muon"))
     for mark in marks:
         began, trial = time.perf_counter(), trainer(10**6, mark)    # how many images fit is measured in the first twentieth, which counts
         trial.step()
