@@ -5,11 +5,14 @@
 
 Training: whole steps of `Trainer` (noise, forward, backward, clipping, AdamW, average) on random images in memory, timed between two
 synchronizations of the device. FLOPs are counted by torch for the forward pass, times three for the backward pass; the peak is the best
-rate of large square matrix products in the same precision. Sampling: 18 Heun steps, 35 evaluations. Memory: the most that was allocated.
+rate of large square matrix products in the same precision. Sampling: 18 Heun steps, 35 evaluations. Memory: the most that was allocated;
+a batch that does not fit ends the list.
 """
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,6 +92,17 @@ def sampling(preset: str, batch: int, precision: str) -> float:
     return batch / seconds(draw, 1)
 
 
+def fitting(measure: Callable[[int], dict], batches: list[int]) -> list[dict]:
+    "What is measured of each batch, the smallest first, up to the one that the device's memory does not hold."
+    rows = []
+    for batch in sorted(batches):
+        try: rows.append(measure(batch))
+        except torch.cuda.OutOfMemoryError:
+            print(f"batch {batch}: out of memory", file=sys.stderr)
+            break
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cifar10_ddpmpp")
@@ -102,15 +116,15 @@ def main() -> None:
     precision, channels_last = fastest(conv_times(DEVICE)) if args.precision == "auto" else (args.precision, False)
     facts = dict(device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name(), torch=torch.__version__, preset=args.preset,
                  precision=precision, channels_last=channels_last, compiled=args.compile, peak=peak(PRECISIONS[precision] or torch.float32))
-    rows = [training(args.preset, batch, precision, channels_last, args.compile, args.steps) for batch in args.batches]
-    rate = sampling(args.preset, max(args.batches), precision)
-    if args.json: return print(json.dumps(facts | dict(training=rows, sampling_images_per_second=rate), indent=2))
+    rows = fitting(lambda batch: training(args.preset, batch, precision, channels_last, args.compile, args.steps), args.batches)
+    drawn = fitting(lambda batch: dict(batch=batch, images_per_second=sampling(args.preset, batch, precision)), args.batches)
+    if args.json: return print(json.dumps(facts | dict(training=rows, sampling=drawn), indent=2))
     print(", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" if k == "peak" else f"{k} {v}" for k, v in facts.items()))
     for row in rows:
         memory = f", {row['gigabytes']:.1f} GB" if row["gigabytes"] else ""
         print(f"training, batch {row['batch']:>4}: {row['images_per_second']:8.1f} images/s, {row['flops_per_second'] / 1e12:.3g} TFLOP/s, "
               f"{row['flops_per_second'] / facts['peak']:.0%} of the peak{memory}")
-    print(f"sampling, batch {max(args.batches):>4}: {rate:8.1f} images/s")
+    for row in drawn: print(f"sampling, batch {row['batch']:>4}: {row['images_per_second']:8.1f} images/s")
 
 
 if __name__ == "__main__": main()

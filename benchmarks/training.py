@@ -7,8 +7,9 @@ Peers that are not installed are left out (`pip install ddpm_edm[bench]` has the
 networks of 0.85 to 0.92 GFLOP per image forward, whole training steps as each package's own trainer does them (noise, forward,
 backward, clipping and averaging where it has them, optimizer), every contestant in turn, minimum and median over the rounds.
 `default` is the precision that a user gets who sets none: fp32 for the peers, the measured one here. Memory: growth of the
-process while it trains in fp32, in a process of its own. Quality: 1000 samples without labels, 35 evaluations each, against all
-real digits; every package by its own recipe, with the same wall-clock time; 'real halves' are two random halves of the data.
+process while it trains in fp32, in a process of its own. Quality: sets of 1000 samples without labels, 35 evaluations each, clipped
+to the range of pictures, against all real digits, mean and scatter of the sets; every package by its own recipe, with the same
+wall-clock time; 'real halves' are two random halves of the data, 'real draws' 1000 of them, 100 of each class.
 """
 import importlib
 import io
@@ -166,7 +167,7 @@ def memory(name: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else (largest[0] - before) / 1e6
 
 
-# --- quality: each trains, and after so many seconds of training yields a function that makes n samples (n, 64) in [-1, 1]
+# --- quality: each trains, and after so many seconds of training yields a function that makes a sample (64,) for each of some seeds
 
 def train_ours(marks: list[float]) -> Iterator[Callable]:
     "The settings of `train` with Muon, and half of its network's width for less than five minutes; a run for each mark, since the rate falls to a run's end."
@@ -186,7 +187,7 @@ def train_ours(marks: list[float]) -> Iterator[Callable]:
         run = trainer(max(64, int(0.97 * speed * (mark - (time.perf_counter() - began)))), mark)
         while run.seen < run.settings.images and time.perf_counter() - began < mark: run.step()
         wait()
-        yield lambda n: generate(run.ema.model.eval(), range(n), data.shape, karras_sigmas(18)).flatten(1)
+        yield lambda seeds: generate(run.ema.model.eval(), seeds, data.shape, karras_sigmas(18)).flatten(1)
 
 
 def shuffled(size: int) -> Iterator[torch.Tensor]:
@@ -219,8 +220,8 @@ def train_smalldiffusion(marks: list[float]) -> Iterator[Callable]:
         type(net).get_loss(net, x, sigma, eps).backward()
         opt.step()
         ema.update_parameters(net)
-    def draw(n):
-        *_, x = S.samples(ema.module.eval(), schedule.sample_sigmas(35), gam=1.6, batchsize=n)
+    def draw(seeds):
+        *_, x = S.samples(ema.module.eval(), schedule.sample_sigmas(35), gam=1.6, batchsize=len(seeds))
         return x.flatten(1)
     for _ in pauses(marks, step): yield draw
 
@@ -236,21 +237,25 @@ def train_denoising_diffusion_pytorch(marks: list[float]) -> Iterator[Callable]:
         opt.step()
         opt.zero_grad()
         ema.update()
-    for _ in pauses(marks, step): yield lambda n: 2 * ema.ema_model.sample(batch_size=n).flatten(1) - 1
+    for _ in pauses(marks, step): yield lambda seeds: 2 * ema.ema_model.sample(batch_size=len(seeds)).flatten(1) - 1
 
 
 TRAINERS = {"ddpm_edm": train_ours, "smalldiffusion": train_smalldiffusion, "denoising-diffusion-pytorch": train_denoising_diffusion_pytorch}
 
 
-def quality(name: str, minutes: list[float]) -> dict[float, float]:
-    "Squared Frechet distance of 1000 samples to all real digits, in pixels, after so many minutes of training."
+SETS = 3    # of 1000 samples
+
+
+def quality(name: str, minutes: list[float]) -> dict[float, dict[str, float]]:
+    "Squared Frechet distance of 1000 samples to all real digits, in pixels, after so many minutes of training: mean and scatter of the sets."
     torch.manual_seed(0)
     result = {}
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for m, draw in zip(minutes, TRAINERS[name]([60 * m for m in minutes])):
-            with torch.no_grad(): x = draw(1000) if name == "ddpm_edm" else torch.cat([draw(250) for _ in range(4)])
-            result[m] = frechet_distance(x.double().cpu().numpy(), real_digits()[0])
+            with torch.no_grad(): x = torch.cat([draw(range(k, k + 250)) for k in range(0, 1000 * SETS, 250)])
+            each = [frechet_distance(part.double().cpu().numpy(), real_digits()[0]) for part in x.clamp(-1, 1).chunk(SETS)]
+            result[m] = dict(mean=np.mean(each), scatter=np.std(each, ddof=1))
     return result
 
 
@@ -266,9 +271,11 @@ def training(
     facts = dict(device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__)
     if minutes:
         result = {name: quality(name, sorted(float(m) for m in minutes.split(","))) for name in installed(TRAINERS)}
-        lines = [f"{name:>28}: " + ", ".join(f"{value:.3f} after {m:g} min" for m, value in values.items()) for name, values in result.items()]
-        result["real halves"] = reference()["frechet_of_real_halves"]
-        lines.append(f"{'real halves':>28}: {result['real halves']:.3f}")
+        lines = [f"{name:>28}: " + ", ".join(f"{v['mean']:.3f} (scatter {v['scatter']:.3f}) after {m:g} min" for m, v in values.items()) for name, values in result.items()]
+        of_real = reference()
+        for name, key in {"real halves": "frechet_of_real_halves", "real draws": "frechet_of_real_draws"}.items():
+            result[name] = of_real[key]
+            lines.append(f"{name:>28}: {of_real[key]:.3f}")
     else:
         names = installed(MAKERS)
         measured = speeds(names, rounds)

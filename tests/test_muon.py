@@ -23,12 +23,12 @@ def normal(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.floats(-6, 6))
 def test_orthogonalize_keeps_directions(m, k, seed, power):
-    "U and V stay; every singular value above a hundredth of the Frobenius norm ends between .68 and 1.13 (looser: .65 and 1.25)."
+    "U and V stay; every singular value above a hundredth of the Frobenius norm ends between .68 and 1.13, as on the page; asserted with a margin."
     x = normal(m, k, seed=seed) * 10**power
     got, (U, s, Vh) = orthogonalize(x), torch.linalg.svd(x, full_matrices=False)
     inner = U.T @ got @ Vh.T
     torch.testing.assert_close(inner, torch.diag(inner.diag()), rtol=0, atol=1e-9)    # rounding of five rounds
-    large = s > 0.02 * x.norm() + 1e-6
+    large = s > 0.01 * x.norm() + 1e-6    # the 1e-7 beside the norm must not matter
     assert ((inner.diag()[large] > 0.65) & (inner.diag()[large] < 1.25)).all()
 
 
