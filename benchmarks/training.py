@@ -167,7 +167,7 @@ def memory(name: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else (largest[0] - before) / 1e6
 
 
-# --- quality: each trains, and after so many seconds of training yields a function that makes a sample (64,) for each of some seeds
+# --- quality: each trains, and after so many seconds of training yields a function that makes samples (n, 64), one for each of n seeds
 
 def train_ours(marks: list[float]) -> Iterator[Callable]:
     "The settings of `train` with Muon, and half of its network's width for less than five minutes; a run for each mark, since the rate falls to a run's end."
