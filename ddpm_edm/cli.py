@@ -192,6 +192,7 @@ def train_images(
     batch: int = None,             # images per step; default: 64, for a folder by recipe
     lr: float = DEFAULT["lr"],     # highest learning rate
     optimizer: str = DEFAULT["optimizer"],    # adamw, or muon, which learns more from an image
+    stable_targets: bool = False,  # learn from the mean of all pictures that a noisy one may come from, with less noise; without --augment and --cache
     network: str = "unet",         # unet or dit, a transformer
     channels: int = None,          # width of the network, of a U-Net at full resolution; default: 64, for a folder by recipe, for a DiT 128
     blocks: int = None,            # residual blocks per resolution, or blocks of a DiT; default: 1, for a folder by recipe, for a DiT 4
@@ -228,7 +229,7 @@ def train_images(
     if _first():
         print(f"{d}; sigma_data {denoiser.sigma_data}, {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
         if folder: print(_because(plan), flush=True)
-    train(denoiser, d, out, **plan.train, lr=lr, optimizer=optimizer, label_dropout=label_dropout, seed=seed, augment=pipe, precision=precision, accumulate=accumulate,
+    train(denoiser, d, out, **plan.train, lr=lr, optimizer=optimizer, stable_targets=stable_targets, label_dropout=label_dropout, seed=seed, augment=pipe, precision=precision, accumulate=accumulate,
           compile=compile, log_with=log_with, resume=resume, progress=not quiet)
     if not _first(): return
     levels = "".join(f" --{name.replace('_', '-')} {value:g}" for name, value in plan.sigmas.items())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import check_sigma, expand, score_of
+from .core import _refused, check_sigma, expand, score_of
 
 # %% ../nbs/01_oracle.ipynb #78e632c8
 def _floating(values) -> Tensor:
@@ -138,48 +138,65 @@ def _sq_dist(x: Tensor, data: Tensor) -> Tensor:
 # %% ../nbs/01_oracle.ipynb #6c555ebb
 class Empirical:
     "A finite data set as a sum of deltas; calling it is its exact denoiser (Karras et al. 2022, appendix B.3)."
-    def __init__(self, data: Tensor):    # the whole set, (N, *event), floating point; kept as it is, not copied
+    def __init__(
+        self,
+        data: Tensor,                    # the whole set, (N, *event), floating point; kept as it is, not copied
+        labels: Tensor | None = None,    # its classes, (N,), integers from 0; then a question may name one
+    ):
         if not (isinstance(data, Tensor) and data.is_floating_point() and data.ndim >= 1 and data.numel()):
             got = f"{data.dtype} of shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
             raise ValueError(f"data must be a floating-point tensor (N, *event), not empty, got {got}")
         low, high = (float(v) for v in data.aminmax())    # nan if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"data must be finite, got values from {low} to {high}")
-        self.data = data
+        if labels is not None and (not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != data.shape[:1]):
+            got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels must be a tensor of {len(data)} integers, one for each of the data, got {got}")
+        self.data, self.labels = data, labels
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         "Clean samples, (n, *event), drawn with replacement."
         return self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device)]
 
-    def _sums(self, x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
-        "log sum_i exp(a_i), (B,), and the mean of the x_i under the weights exp(a_i), (B, d)."
+    def _allowed(self, labels: Tensor | None, x: Tensor) -> Tensor:
+        "Which of the data each question is about, (B, N) or (1, N)."
+        if labels is None: return torch.ones(1, len(self.data), dtype=torch.bool, device=x.device)
+        if self.labels is None: raise ValueError("labels are asked for, but the data have none: Empirical(data, labels)")
+        if labels.shape != x.shape[:1]: raise ValueError(f"labels must be ({len(x)},) like x, got shape {tuple(labels.shape)}")
+        allowed = (labels[:, None] < 0) | (labels[:, None] == self.labels.to(labels.device))
+        if unknown := _refused(labels, lambda _: allowed.any(1)): raise ValueError(f"labels must be -1 or classes of the data, got {unknown}")
+        return allowed
+
+    def _sums(self, x: Tensor, sigma: float | Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        "log mean_i exp(a_i), (B,), and the mean of the x_i under the weights exp(a_i), (B, d)."
         if x.ndim < 1 or x.shape[1:] != self.data.shape[1:]:
             raise ValueError(f"x must be (B, *event) with event {tuple(self.data.shape[1:])}, got shape {tuple(x.shape)}")
         check_sigma(sigma)
         data, var = self.data.reshape(len(self.data), -1), expand(sigma, x).reshape(-1, 1)**2
-        x = x.reshape(len(x), data.shape[1])
-        m, s, v = x.new_full((len(x), 1), -math.inf), x.new_zeros(len(x), 1), torch.zeros_like(x)
-        for part in data.split(max(1, _BLOCK // max(x.shape))):
+        x, allowed = x.reshape(len(x), data.shape[1]), self._allowed(labels, x)
+        m, s, v = x.new_full((len(x), 1), torch.finfo(x.dtype).min), x.new_zeros(len(x), 1), torch.zeros_like(x)
+        size = max(1, _BLOCK // max(x.shape))
+        for part, ok in zip(data.split(size), allowed.split(size, 1)):
             part = part.to(x)
-            a = _sq_dist(x, part) / (-2 * var)
+            a = (_sq_dist(x, part) / (-2 * var)).where(ok, -math.inf)
             top = torch.maximum(m, a.amax(1, keepdim=True)).detach()    # the sums don't depend on it, nor do derivatives
             w, old = (a - top).exp(), (m - top).exp()
             m, s, v = top, old * s + w.sum(1, keepdim=True), old * v + w @ part
-        return (m + s.log())[:, 0], v / s
+        return (m + s.log())[:, 0] - allowed.sum(1).to(x.dtype).log(), v / s
 
-    def log_prob(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        "log p(x; sigma) in nats, (B,)."
-        log_sum, D = self._sums(x, sigma)
+    def log_prob(self, x: Tensor, sigma: float | Tensor, labels: Tensor | None = None) -> Tensor:
+        "log p(x; sigma) in nats, (B,); with labels, (B,), given the class, where it is not -1."
+        log_mean, D = self._sums(x, sigma, labels)
         log_var = 2 * expand(sigma, x).reshape(-1).log() + math.log(2 * math.pi)
-        return log_sum - math.log(len(self.data)) - D.shape[1] / 2 * log_var
+        return log_mean - D.shape[1] / 2 * log_var
 
-    def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        "The exact denoiser D(x; sigma) = E[x0 | x], (B, *event)."
-        return self._sums(x, sigma)[1].reshape(x.shape)
+    def __call__(self, x: Tensor, sigma: float | Tensor, labels: Tensor | None = None) -> Tensor:
+        "The exact denoiser D(x; sigma) = E[x0 | x], (B, *event); with labels, (B,), given the class, where it is not -1."
+        return self._sums(x, sigma, labels)[1].reshape(x.shape)
 
-    def score(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        "Gradient of log p(x; sigma), (B, *event)."
-        return score_of(self(x, sigma), x, sigma)
+    def score(self, x: Tensor, sigma: float | Tensor, labels: Tensor | None = None) -> Tensor:
+        "Gradient of log p(x; sigma), (B, *event); labels as in `__call__`."
+        return score_of(self(x, sigma, labels), x, sigma)
 
 # %% ../nbs/01_oracle.ipynb #a6b460bc
 def _rings(n, rng):

@@ -150,8 +150,13 @@ class DenoisingLoss:
         levels: Tensor = self.noise.sample(len(x0), generator).to(x0) if sigma is None else sigma
         if n is None: n = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
         s = expand(levels, x0)
-        D = check_like("denoise's output", denoise(x0 + s * check_like("n", n, x0), levels, **cond), x0)
-        return (self.weight(s) * (D - x0)**2).flatten(1).mean(1)
+        x = x0 + s * check_like("n", n, x0)
+        D = check_like("denoise's output", denoise(x, levels, **cond), x0)
+        return (self.weight(s) * (D - self.target(x0, x, levels, **cond))**2).flatten(1).mean(1)
+
+    def target(self, x0: Tensor, x: Tensor, sigma: Tensor, **cond) -> Tensor:
+        "What the denoiser shall answer to x: the clean sample."
+        return x0
 
 # %% ../nbs/07_precond.ipynb #f7c32bcc
 @dataclass(frozen=True)

@@ -38,8 +38,10 @@ from .dit import DiT
 from .ema import EMA, PowerEMA, power_gamma, snapshot_path
 from .muon import Muon
 from .noise import LogNormal, karras_sigmas
+from .oracle import Empirical
 from .precond import EDMLoss, EDMPrecond
 from .solvers import generate, heun
+from .targets import StableTargetLoss
 from .unet import UNet
 
 # %% ../nbs/15_train.ipynb #ef22f9aa
@@ -110,6 +112,7 @@ class Settings:
     power_ema: Sequence[float] = ()
     loss: Any = None
     optimizer: str = "adamw"
+    stable_targets: bool = False
 
     def __post_init__(self):
         for name, least in dict(images=1, batch=1, warmup=0, seed=0).items():
@@ -117,11 +120,13 @@ class Settings:
         for name, most in dict(lr=math.inf, ema_halflife=math.inf, lr_end=1, label_dropout=1).items():
             setattr(self, name, _real(name, getattr(self, name), most))
         if self.clip is not None: self.clip = _real("clip", self.clip)
-        self.channels_last, self.power_ema = bool(self.channels_last), tuple(self.power_ema)
+        self.channels_last, self.power_ema, self.stable_targets = bool(self.channels_last), tuple(self.power_ema), bool(self.stable_targets)
         for width in self.power_ema: power_gamma(width)    # refuses what can't be
         if not (self.loss is None or callable(self.loss)): raise ValueError(f"loss must be a function, such as EDMLoss(), got {self.loss!r}")
         for name, known in dict(precision=PRECISIONS, optimizer=OPTIMIZERS).items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.stable_targets and self.augment is not None:
+            raise ValueError("stable_targets must be False with augment: the mean over the data is known of pictures as they are, not of changed ones")
 
     def as_dict(self) -> dict:
         "What config.json keeps; objects as the text that makes them."
@@ -183,6 +188,7 @@ class Trainer:
         scale: dict[str, Any] = dict(init_scale=2.**16) if settings.precision == "fp16" else dict(init_scale=1., growth_interval=2**31 - 1)
         self.scaler = torch.amp.GradScaler(self.device.type, **scale)    # at scale 1 it only leaves out steps that are not finite
         self.loss = settings.loss or EDMLoss(settings.noise, denoiser.sigma_data)
+        if settings.stable_targets: self.loss = StableTargetLoss(self.loss, Empirical(*self.data.batch(slice(None))))
         self.seen = 0        # images
         self.forget()
 
@@ -659,6 +665,7 @@ def _check_fit(denoiser: EDMPrecond, data: ImageData, settings: Settings) -> Non
                          f"got num_labels={denoiser.net.num_labels}")
     wanted, got = getattr(settings.augment, "dim", 0), getattr(denoiser.net, "augment_dim", 0)
     if wanted != got: raise ValueError(f"the network must be told of augmentation by augment_dim={wanted}, got augment_dim={got}")
+    if settings.stable_targets and isinstance(data, MappedData): raise ValueError(f"stable_targets needs the data in memory, to compare with all of them; {data.name} stays on disk")
     x = data.batch(slice(0, 1))[0].to(next(denoiser.parameters()).device)
     with torch.no_grad(): denoiser(x, 1.)    # finds sizes and channels that do not fit
 
@@ -681,6 +688,7 @@ def train(
     augment: Any = None,                # non-leaky augmentation, such as Augment(); the network's augment_dim must be its dim
     optimizer: str = "adamw",           # or "muon", which learns more from an image
     loss: Callable | None = None,       # loss(denoise, x0, sigma=..., n=..., **cond) -> (B,); None: EDMLoss(noise, denoiser.sigma_data)
+    stable_targets: bool = False,       # learn from the mean of all data that a noisy picture may come from; for data in memory, without augment
     seed: int = 0,                      # of everything random but the first weights
     precision: str = "auto",            # "fp32", or "bf16" or "fp16" by autocast; "auto": the fastest here
     channels_last: bool | None = None,  # memory layout; None: the fastest here if precision is "auto", else False
@@ -696,7 +704,7 @@ def train(
     "Train a denoiser into a run folder; `load(out)` gives it back."
     chosen = precision if precision != "auto" else "fp32"
     settings = Settings(images, batch, lr, lr_end, warmup, ema_halflife, label_dropout, noise, seed, chosen, clip, augment,
-                        channels_last or False, power_ema, loss, optimizer)
+                        channels_last or False, power_ema, loss, optimizer, stable_targets)
     every = dict(log=log_every, save=save_every, sample=sample_every)
     every = {what: _whole(f"{what}_every", n, 1) for what, n in every.items()}
     accumulate = _whole("accumulate", accumulate, 1)

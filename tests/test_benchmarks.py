@@ -1,6 +1,7 @@
 "The benchmarks measure what they say: on cases whose answer is known, and in short runs."
 import importlib
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -52,21 +53,22 @@ def test_pauses_do_not_count(training, monkeypatch):
 
 
 def test_our_training_lasts_as_long_as_it_is_given(training, monkeypatch):
-    "By a clock that only steps move: the trial of a twentieth and the run fill the time, less the margin."
-    clock, seen = [0.], []
+    "By a clock that only steps move, unevenly: the run ends with the step in which the time is over, and the rate falls by the clock."
+    clock, rates = [0.], []
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(training, "fastest", lambda times: ("fp32", False))
     monkeypatch.setattr(training, "conv_times", lambda device: {})
     step = training.Trainer.step
     def timed(self):
         step(self)
-        clock[0] += 1
-        seen.append(self.settings.images)
+        rates.append((clock[0], self.opt.param_groups[0]["lr"]))
+        clock[0] += 8 if clock[0] < 100 else 2    # the machine gets faster
     monkeypatch.setattr(training.Trainer, "step", timed)
-    for draw in training.train_ours([40]):
-        assert 37 <= clock[0] <= 40    # 3 % are left over
-        planned = [images for images in seen if images < 10**6]
-        assert planned == [planned[0]] * len(planned) and 64 * (len(planned) - 1) < planned[0] <= 64 * len(planned)    # the rate fell to its end
+    for draw in training.train_ours([200]):
+        assert clock[0] == 200
+        for t, rate in rates[5:]:    # the first 39 steps also rise, to a fortieth each
+            rise = min(1, (rates.index((t, rate)) * 128 + 1) / 5000)
+            assert rate == pytest.approx(4e-3 * rise * (0.02 + 0.98 * (1 + math.cos(math.pi * t / 200)) / 2), rel=0.05)    # images are whole numbers
         x = draw(range(2))
         assert x.shape == (2, 64) and x.isfinite().all()
 

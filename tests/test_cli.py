@@ -204,7 +204,7 @@ def test_help_of_the_program(tmp_path):
 def test_defaults_are_those_of_the_library(monkeypatch, capsys):
     "What is trained where nothing is asked for, and what the help says of it; named data are not measured."
     mine, theirs = (inspect.signature(f).parameters for f in (train_images, train))
-    for name in ("lr", "optimizer", "label_dropout", "seed", "precision"): assert mine[name].default == theirs[name].default
+    for name in ("lr", "optimizer", "stable_targets", "label_dropout", "seed", "precision"): assert mine[name].default == theirs[name].default
     noise, net = theirs["noise"].default, inspect.signature(UNet).parameters
     default = {name: theirs[name].default for name in ("images", "batch", "ema_halflife")} | {name: net[name].default for name in ("channels", "blocks", "dropout")}
     default |= dict(p_mean=noise.P_mean, p_std=noise.P_std)
@@ -495,7 +495,7 @@ def errors(name, words, capsys):
     ("--lr 0", "lr must be positive"), ("--lr nan", "lr must be positive"), ("--lr inf", "lr must be positive"),
     ("--channels 20", "channels"), ("--channels 0", "channels"), ("--channels -32", "channels"), ("--channels 2", "channels"),
     ("--blocks 0", "blocks"), ("--dropout 2", "dropout"), ("--dropout -1", "dropout"),
-    ("--ema-halflife 0", "ema_halflife"), ("--optimizer sgd", "optimizer"), ("--label-dropout 1.5", "label_dropout"), ("--p-std -1", "P_std"), ("--p-mean nan", "P_mean"),
+    ("--ema-halflife 0", "ema_halflife"), ("--optimizer sgd", "optimizer"), ("--stable-targets --augment 0.1", "stable_targets must be False with augment"), ("--label-dropout 1.5", "label_dropout"), ("--p-std -1", "P_std"), ("--p-mean nan", "P_mean"),
     ("--seed -1", "seed must be from 0"), ("--seed 99999999999999999999999", "seed must be from 0"),
     ("--precision fp8", "fp32, bf16, fp16, got 'fp8'"),
     ("--out file.txt", "file.txt exists"), ("--out file.txt/run", "file.txt"), ("--out pictures", "holds no run"),

@@ -236,7 +236,7 @@ def test_infinity_is_the_line_it_says():
     assert e.n == [403, 201, 134] and e.distances[0] == pytest.approx(frechet_distance(x, ref), rel=1e-12)
     slope, value = np.polyfit([1 / n for n in e.n], e.distances, 1)
     assert (e.value, e.slope) == (pytest.approx(value, rel=1e-12), pytest.approx(slope, rel=1e-12))
-    assert frechet_infinity(x, statistics(ref), parts=3, seed=5) == e != frechet_infinity(x, ref, parts=3, seed=6)
+    assert frechet_infinity(x, statistics(ref), parts=3, seed=5).value == pytest.approx(e.value, rel=1e-9) != frechet_infinity(x, ref, parts=3, seed=6).value
     with pytest.raises(ValueError, match="samples must be more than 15 for 4 parts"): frechet_infinity(x[:15], ref)
     with pytest.raises(ValueError, match="parts must be"): frechet_infinity(x, ref, parts=1)
     assert frechet_infinity(x[:16], ref).n == [16, 8, 5, 4]
@@ -603,7 +603,7 @@ def test_evaluate(small, judge):
     few = evaluate(samples[:200], small, features)
     assert few["figures"][f"Fréchet distance, infinite n ({features.name})"]["value"] is None and " - " in table(few)    # parts of 50 for 64 features
     same = evaluate(samples, small, features, most=150)
-    assert same["copies"]["among"] == 150 and same["figures"][f"Fréchet distance ({features.name})"] == value("Fréchet distance")
+    assert same["copies"]["among"] == 150 and same["figures"][f"Fréchet distance ({features.name})"]["value"] == pytest.approx(value("Fréchet distance")["value"], rel=1e-9)
 
 
 def test_halves_are_drawn_at_random():
@@ -627,7 +627,10 @@ def test_evaluate_keeps_and_uses_statistics(small, tmp_path, monkeypatch):
     samples = to_uint8(small.batch(slice(0, 100))[0], 17)
     first = evaluate(samples, small, pixel_features, tmp_path / "f")
     kept = load_statistics(tmp_path / "f")
-    assert evaluate(samples, small, pixel_features, tmp_path / "f") == first
+    again = evaluate(samples, small, pixel_features, tmp_path / "f")
+    numbers = lambda report: {(name, k): math.nan if v is None else v for name, row in report["figures"].items() for k, v in row.items()}
+    assert again | dict(figures=None) == first | dict(figures=None)
+    assert numbers(again) == pytest.approx(numbers(first), rel=1e-9, nan_ok=True)    # a matrix product may round by where its factors lie in memory
     kept.mean += 1
     save_statistics(kept, tmp_path / "f")
     moved = evaluate(samples, small, pixel_features, tmp_path / "f")["figures"]["Fréchet distance (pixels)"]["value"]

@@ -412,6 +412,42 @@ def test_questions_that_a_data_set_refuses(method, x, sigma, message):
     with pytest.raises(ValueError, match=message): getattr(Empirical(Z(2, 3)), method)(x, sigma)
 
 
+@cases
+@given(sets(), st.integers(1, 3), st.integers(0, 99))
+def test_classes_of_a_data_set(case, classes, seed):
+    "A class is a data set of its own; all classes, as often as they are there, are the whole."
+    data, x, sigma, block = case
+    labels = torch.arange(len(data)) % classes
+    labels = labels[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
+    p, count = Empirical(data, labels), len(labels.unique())
+    smallest, size = torch.as_tensor(sigma).min().item(), (data.abs().max() + x.abs().max()).item()
+    room = 1e-14 * (1 + size) * (1 + size**2 * data[0].numel() / smallest**2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "_BLOCK", block)
+        asked = torch.arange(len(x)) % (count + 1) - 1
+        parts = [Empirical(data if k < 0 else data[labels == k]) for k in asked.tolist()]
+        for f in ("__call__", "log_prob"):
+            alone = torch.cat([getattr(part, f)(x[i:i + 1], torch.as_tensor(sigma, dtype=torch.float64).expand(len(x))[i:i + 1]) for i, part in enumerate(parts)])
+            close(getattr(p, f)(x, sigma, asked), alone, rtol=1e-13, atol=room + 1e-12)
+        close(p.score(x, sigma, asked) * smallest**2, (p(x, sigma, asked) - x) * smallest**2 / expand(sigma, x)**2, rtol=1e-12, atol=room)
+        each = torch.stack([p.log_prob(x, sigma, torch.full((len(x),), k)) + math.log((labels == k).double().mean()) for k in range(count)])
+        close(each.logsumexp(0), p.log_prob(x, sigma), rtol=1e-13, atol=room + 1e-12)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], torch.zeros(2), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)])
+def test_refused_classes(labels):
+    with pytest.raises(ValueError, match="labels must be a tensor of 2 integers, one for each of the data, got"): Empirical(Z(2, 3), labels)
+
+
+@pytest.mark.parametrize("asked, message", [
+    (torch.tensor([0, 2, 1, 5]), r"labels must be -1 or classes of the data, got \[2, 5\]"),
+    (torch.tensor([0, 1]), r"labels must be \(4,\) like x, got shape \(2,\)"),
+])
+def test_classes_that_are_not_there(asked, message):
+    with pytest.raises(ValueError, match=message): Empirical(Z(2, 3), torch.tensor([0, 1]))(Z(4, 3), 1., asked)
+    with pytest.raises(ValueError, match="labels are asked for, but the data have none"): Empirical(Z(2, 3))(Z(4, 3), 1., asked)
+
+
 MEMORY = """
 import resource, torch
 from ddpm_edm.core import seeded_noise
