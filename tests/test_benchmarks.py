@@ -68,7 +68,7 @@ def test_our_training_lasts_as_long_as_it_is_given(training, monkeypatch):
         assert clock[0] == 200
         for t, rate in rates[5:]:    # the first 39 steps also rise, to a fortieth each
             rise = min(1, (rates.index((t, rate)) * 128 + 1) / 5000)
-            assert rate == pytest.approx(4e-3 * rise * (0.02 + 0.98 * (1 + math.cos(math.pi * t / 200)) / 2), rel=0.05)    # images are whole numbers
+            assert rate == pytest.approx(4e-3 * rise * (0.1 + 0.9 * (1 + math.cos(math.pi * t / 200)) / 2), rel=0.05)    # images are whole numbers
         x = draw(range(2))
         assert x.shape == (2, 64) and x.isfinite().all()
 
