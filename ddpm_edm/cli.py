@@ -149,10 +149,11 @@ def _plan(d: ImageData, measured: bool, network: str, num_labels: int, asked: di
     "Settings of a training: those asked for, else `recipe`'s, cut down where there is no CUDA, or the defaults."
     asked = {name: value for name, value in asked.items() if value is not None}
     r = recipe(d) if measured else _default_recipe(d)
-    net, how, why = r.net | dict(num_labels=num_labels), r.train, r.reasons
+    net, how, why = r.net | dict(num_labels=num_labels), dict(lr=DEFAULT["lr"], optimizer=DEFAULT["optimizer"]) | r.train, r.reasons
     if measured and _usable(None) != "cuda":
         cut = dict(channels=net["channels"] // 2, images=how["images"] // 16, batch=min(how["batch"], 32))
-        why = why | {name: f"without CUDA, for a first look; recipe says {(net | how)[name]:,}" for name in cut}
+        if asked.get("optimizer", "muon") == "muon": cut |= dict(optimizer="muon", lr=4e-3)
+        why = why | {name: f"without CUDA, for a first look; else {value if isinstance(value, str) else f'{value:,}'}" for name in cut for value in [(net | how)[name]]}
         net, how = net | dict(channels=cut.pop("channels")), how | cut
     if network == "dit":
         net = dict(in_channels=d.shape[0], patch=2 if d.shape[1] % 2 == d.shape[2] % 2 == 0 else 1, width=asked.get("channels", 128), depth=asked.get("blocks", 4),
@@ -176,7 +177,7 @@ def _default_recipe(d: ImageData) -> Recipe:
 def _because(plan: Recipe) -> str:
     "The choices that matter most, with a reason for each."
     def some(settings, *names): return {name: settings[name] for name in names if name in settings}
-    plan = replace(plan, net=some(plan.net, "channels", "blocks", "width", "depth", "dropout"), train=some(plan.train, "images", "batch", "noise"))
+    plan = replace(plan, net=some(plan.net, "channels", "blocks", "width", "depth", "dropout"), train=some(plan.train, "images", "batch", "optimizer", "lr", "noise"))
     return "settings for these pictures:\n  " + str(plan).replace("\n", "\n  ")
 
 # %% ../nbs/23_cli.ipynb #e7d58b65
@@ -188,18 +189,18 @@ def train_images(
     data: str = "digits",          # digits, mnist, fashion_mnist, cifar10, or a folder of pictures
     out: str = None,               # run folder, new or empty; default: runs/ and the data's name
     size: int = None,              # for a folder of pictures: height and width in pixels; default: 32, or 16 without CUDA
-    images: int = None,            # images to see in all; default: 240000, for a folder by recipe
-    batch: int = None,             # images per step; default: 64, for a folder by recipe
-    lr: float = DEFAULT["lr"],     # highest learning rate
-    optimizer: str = DEFAULT["optimizer"],    # adamw, or muon, which learns more from an image
+    images: int = None,            # images to see in all; default: 240000 for digits, else by recipe
+    batch: int = None,             # images per step; default: 64 for digits, else by recipe
+    lr: float = None,              # highest learning rate; default: 0.001, or 0.004 for a first look by muon
+    optimizer: str = None,         # adamw, or muon, which learns more from an image; default: adamw, or muon for a first look at own pictures without CUDA
     stable_targets: bool = False,  # learn from the mean of all pictures that a noisy one may come from, with less noise; without --augment and --cache
     network: str = "unet",         # unet or dit, a transformer
-    channels: int = None,          # width of the network, of a U-Net at full resolution; default: 64, for a folder by recipe, for a DiT 128
-    blocks: int = None,            # residual blocks per resolution, or blocks of a DiT; default: 1, for a folder by recipe, for a DiT 4
-    dropout: float = None,         # dropout inside the network; default: 0, for a folder by recipe
-    ema_halflife: float = None,    # images after which a weight counts half in the average; default: 8000, for a folder a thirtieth of the training
+    channels: int = None,          # width of the network, of a U-Net at full resolution; default: 64 for digits, else by recipe; for a DiT 128
+    blocks: int = None,            # residual blocks per resolution, or blocks of a DiT; default: 1 for digits, else by recipe; for a DiT 4
+    dropout: float = None,         # dropout inside the network; default: 0 for digits, else by recipe
+    ema_halflife: float = None,    # images after which a weight counts half in the average; default: 8000 for digits, else a thirtieth of the training
     label_dropout: float = DEFAULT["label_dropout"],    # share of labels withheld, so that the model is unconditional too
-    p_mean: float = None,          # mean of ln sigma in training; EDM's for photographs is -1.2; default: -0.6, for a folder by recipe
+    p_mean: float = None,          # mean of ln sigma in training; EDM's for photographs is -1.2; default: -0.6 for digits, else by recipe
     p_std: float = None,           # standard deviation of ln sigma in training; default: 1.2
     seed: int = DEFAULT["seed"],   # of everything random
     augment: float = 0.,           # probability of EDM's non-leaky changes, such as 0.12; 0 for none
@@ -215,12 +216,12 @@ def train_images(
 ):
     "Train EDM on images into a run folder: averaged model, state to resume, log, pictures of samples."
     if not 0 <= seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
-    folder = not (isinstance(data, str) and data in DATASETS)
+    folder, measured = data not in DATASETS, data != "digits"
     if cache and not folder: raise ValueError(f"cache is for a folder of pictures; {data} is kept in memory")
     if folder and size is None: size = 32 if _usable(None) == "cuda" else 16
     d = load_data(data, size, strict, cache)
-    plan = _plan(d, folder, network, 0 if unconditional else d.num_labels,
-                 dict(images=images, batch=batch, channels=channels, blocks=blocks, dropout=dropout, ema_halflife=ema_halflife, p_mean=p_mean, p_std=p_std))
+    plan = _plan(d, measured, network, 0 if unconditional else d.num_labels,
+                 dict(images=images, batch=batch, lr=lr, optimizer=optimizer, channels=channels, blocks=blocks, dropout=dropout, ema_halflife=ema_halflife, p_mean=p_mean, p_std=p_std))
     out, pipe = out or f"runs/{d.name}", Augment.edm(augment) if augment else None
     with torch.random.fork_rng(devices=[]):    # the caller's random numbers stay as they were
         torch.manual_seed(seed)
@@ -228,12 +229,11 @@ def train_images(
     denoiser = EDMPrecond(net, sigma_data=plan.sigma_data)
     if _first():
         print(f"{d}; sigma_data {denoiser.sigma_data}, {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
-        if folder: print(_because(plan), flush=True)
-    train(denoiser, d, out, **plan.train, lr=lr, optimizer=optimizer, stable_targets=stable_targets, label_dropout=label_dropout, seed=seed, augment=pipe, precision=precision, accumulate=accumulate,
+        if measured: print(_because(plan), flush=True)
+    train(denoiser, d, out, **plan.train, **plan.sigmas, stable_targets=stable_targets, label_dropout=label_dropout, seed=seed, augment=pipe, precision=precision, accumulate=accumulate,
           compile=compile, log_with=log_with, resume=resume, progress=not quiet)
     if not _first(): return
-    levels = "".join(f" --{name.replace('_', '-')} {value:g}" for name, value in plan.sigmas.items())
-    print(f"wrote {out}: model.safetensors, metrics.jsonl, loss.png, samples/{max(f.name for f in Path(out, 'samples').glob('*.png'))}\nnext: ddpm-edm-sample {shlex.quote(out)}{levels}")
+    print(f"wrote {out}: model.safetensors, metrics.jsonl, loss.png, samples/{max(f.name for f in Path(out, 'samples').glob('*.png'))}\nnext: ddpm-edm-sample {shlex.quote(out)}")
 
 # %% ../nbs/23_cli.ipynb #d3d2a551
 def _parse_labels(text: str | None, classes: list[str]) -> list[int]:
@@ -278,8 +278,8 @@ def sample_images(
     seed: int = 0,                 # picture i depends on seed + i, its label and the schedule alone
     out: str = "samples.png",      # picture to write
     solver: str = None,            # heun, euler, dpmpp_2m, dpmpp_3m, deis or unipc; default: heun, and a consistency model has its own
-    sigma_min: float = 0.002,      # last noise level above zero
-    sigma_max: float = 80.,        # first noise level
+    sigma_min: float = None,       # last noise level above zero; default: the run's, else 0.002
+    sigma_max: float = None,       # first noise level; default: the run's, else 80
     rho: float = 7.,               # larger spends more steps at low noise
     guidance: float = 1.,          # how far towards the class; 1 is off, and 2 makes it clearer at the cost of variety
     interval: str = None,          # noise levels with guidance, such as 0.2,5; default: all
@@ -300,7 +300,7 @@ def sample_images(
     if Path(out).suffix.lower() not in SUFFIXES: raise ValueError(f"out must end in {', '.join(SUFFIXES)}, got {out!r}")
     device = _usable(device)
     denoiser = _open(run, device)
-    solver, step, sigmas = _method(denoiser, solver, steps, sigma_min, sigma_max, rho)
+    solver, step, sigmas = _method(denoiser, solver, steps, rho, sigma_min=sigma_min, sigma_max=sigma_max)
     shape, classes = _picture_shape(denoiser, run), _class_names(denoiser)
     given = bool(inpaint or upscale or init)
     wanted = [-1] if given and classes and labels is None else _parse_labels(labels, classes)    # a picture knows best what it shows
@@ -332,12 +332,13 @@ def _open(run: str, device: str = "cpu") -> Precond | DDPMDenoiser:
     if not hasattr(denoiser, "config"): denoiser.config = {}
     return denoiser
 
-def _method(denoiser: Precond | DDPMDenoiser, solver: str | None, steps: int | None, sigma_min: float = 0.002, sigma_max: float = 80., rho: float = 7.) -> tuple[str, Callable, torch.Tensor]:
-    "Name, step and noise levels by which to sample from a denoiser; a consistency model has a way of its own."
+def _method(denoiser: Precond | DDPMDenoiser, solver: str | None, steps: int | None, rho: float = 7., **ends: float | None) -> tuple[str, Callable, torch.Tensor]:
+    "Name, step and noise levels by which to sample from a denoiser, between sigma_min and sigma_max as asked for, or its run's, or EDM's; a consistency model has a way of its own."
+    known = dict(sigma_min=0.002, sigma_max=80.) | denoiser.config.get("sigmas", {}) | {name: value for name, value in ends.items() if value is not None}
     if solver not in (None, *SOLVERS): raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if not is_consistency(denoiser): return solver or "heun", SOLVERS[solver or "heun"], karras_sigmas(steps or 18, sigma_min, sigma_max, rho)
+    if not is_consistency(denoiser): return solver or "heun", SOLVERS[solver or "heun"], karras_sigmas(steps or 18, known["sigma_min"], known["sigma_max"], rho)
     if solver: raise ValueError(f"solver must be left out for a consistency model, got {solver!r}")
-    return "consistency", consistency_step, few_levels(steps or 2, sigma_max)
+    return "consistency", consistency_step, few_levels(steps or 2, known["sigma_max"])
 
 def _evaluations(solver: str, sigmas: torch.Tensor) -> int:
     "Of the network for one picture."
@@ -506,7 +507,7 @@ def _about(run: str) -> dict:
     last = log[-1] if log else {}
     about = dict(kind="consistency model" if is_consistency(denoiser) else "diffusion model", network=type(denoiser.net).__name__,
                  weights=sum(p.numel() for p in denoiser.parameters()), sigma_data=getattr(denoiser, "sigma_data", None), pictures=c.get("shape"), classes=c.get("classes"),
-                 data=c.get("data"), seen=last.get("images"), loss=last.get("loss"),
+                 data=c.get("data"), levels=c.get("sigmas"), seen=last.get("images"), loss=last.get("loss"),
                  training=c.get("training"), settings=c.get("net"))
     return {k: v for k, v in about.items() if v not in (None, [], {})}
 

@@ -352,7 +352,7 @@ def diameter(
 # %% ../nbs/12b_recipe.ipynb #9691bc8b
 @dataclass(frozen=True)
 class Recipe:
-    "Settings for a data set: `EDMPrecond(UNet(**net), sigma_data)`, `train(denoiser, data, out, **train)`, `karras_sigmas(n, **sigmas)`."
+    "Settings for a data set: `EDMPrecond(UNet(**net), sigma_data)`, `train(denoiser, data, out, **train, **sigmas)`, `karras_sigmas(n, **sigmas)`."
     sigma_data: float
     sigmas: dict     # sigma_min and sigma_max, for karras_sigmas
     net: dict        # for UNet
@@ -409,7 +409,7 @@ def recipe(
         reasons=dict(
             sigma_data=f"measured: standard deviation of all pixels{of}",
             sigma_min=f"measured: rounding to {data.max_value + 1} levels is noise of this size",
-            sigma_max=f"measured: {'largest distance of two images' if longest == bound else f'bound on the distance of two images, of which {longest:.3g} occurs;'}{of}",
+            sigma_max=f"measured: {'largest distance of two images' if longest == bound else f'bound on the distance of two images, of which {longest:.3g} occurs' + ';' * bool(of)}{of}",
             noise=f"measured: {'centre of the gain' if centre >= lowest else f'ln(sigma_data) - 1/2, since the centre of the gain, {centre:.2f}, is lower'}{of}; 1.2 is EDM's",
             in_channels="the data's", num_labels="the data's classes",
             channels="convention: 64 for at most 16 pixels or 10,000 images, else 128", mults="convention: halve while 4 pixels are left",

@@ -418,6 +418,8 @@ def plot_loss(
     left, right = fig.subplots(1, 2)
     left.plot([m["images"] for m in log], [m["loss"] for m in log], ".-" if len(log) < 30 else "-", color="#0072B2")
     left.set(xlabel="images seen", ylabel="loss (a fresh network has about 1)", title="Training loss", yscale="log")
+    left.locator_params("x", nbins=5)
+    left.xaxis.set_major_formatter("{x:,.0f}")
     half = (SIGMA_EDGES[1] / SIGMA_EDGES[0])**0.5    # of a bin
     middle = [edge / half for edge in SIGMA_EDGES] + [SIGMA_EDGES[-1] * half]
     shown = sorted({0, len(log) // 4, len(log) - 1}) if log else []
@@ -516,6 +518,7 @@ class RunFolder:
     def draw(self, denoiser: EDMPrecond, seen: int, **how) -> None:
         "A picture of samples, and the loss so far."
         if not self.main: return
+        how = dict(sigmas=karras_sigmas(18, **self.config["sigmas"])) | how
         picture, figure = sample_picture(denoiser, self.config["shape"], **how), plot_loss(self.path)
         with replacing(self.path / "samples" / f"{seen:09d}.png") as f: picture.save(f)
         with replacing(self.path / "loss.png") as f: figure.savefig(f)
@@ -697,6 +700,8 @@ def train(
     log_every: int = 2_000,             # images between two lines of metrics.jsonl
     save_every: int = 20_000,           # images between two savings of the state
     sample_every: int = 40_000,         # images between two pictures of samples, and two snapshots of power_ema
+    sigma_min: float = 0.002,           # last noise level above zero of samples; the run remembers it
+    sigma_max: float = 80.,             # first noise level of samples; the run remembers it
     log_with: Any = None,               # trackers as Accelerate names them, such as "tensorboard" or "wandb"
     resume: bool = False,               # go on exactly with the run in `out`, if there is one
     progress: bool = True,              # show a progress bar
@@ -708,12 +713,14 @@ def train(
     every = dict(log=log_every, save=save_every, sample=sample_every)
     every = {what: _whole(f"{what}_every", n, 1) for what, n in every.items()}
     accumulate = _whole("accumulate", accumulate, 1)
+    sigmas = dict(sigma_min=_real("sigma_min", sigma_min), sigma_max=_real("sigma_max", sigma_max))
+    karras_sigmas(18, **sigmas)    # refuses what can't be
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1    # a launcher passes Ctrl-C on to processes that have seen it already
     # the caller's random numbers stay as they were
     with torch.random.fork_rng(range(torch.cuda.device_count())), _stop_signals(5. * several) as stopped:
         _check_fit(denoiser, data, settings)
         if precision == "auto": settings = replace(settings, **_measured(channels_last, Path(out) if resume else None))
-        config = _network(denoiser) | dict(shape=data.shape, classes=data.classes, training=settings.as_dict(),
+        config = _network(denoiser) | dict(shape=data.shape, classes=data.classes, sigmas=sigmas, training=settings.as_dict(),
                                            data=dict(name=data.name, images=len(data), fingerprint=data.fingerprint()))
         trainer = Trainer(denoiser, data, settings, accumulate, compile, **_trackers(log_with, out))
         main = trainer.accelerator.is_main_process

@@ -705,8 +705,9 @@ def model_card(
     if picture: lines += ["![samples](samples.png)", ""]
     shape = tuple(config["shape"]) if "shape" in config else "(C, H, W)"
     labels = ", labels=torch.arange(8)" if config.get("net", {}).get("num_labels") else ""
+    levels = ', **denoiser.config["sigmas"]' if "sigmas" in config else ""
     lines += ["```python", *["import torch"] * bool(labels), "from ddpm_edm.noise import karras_sigmas", "from ddpm_edm.solvers import generate", "from ddpm_edm.zoo import from_pretrained",
-              f"denoiser = from_pretrained({name!r})", f"x = generate(denoiser, range(8), {shape}, karras_sigmas(18){labels})    # in [-1, 1]", "```", ""]
+              f"denoiser = from_pretrained({name!r})", f"x = generate(denoiser, range(8), {shape}, karras_sigmas(18{levels}){labels})    # in [-1, 1]", "```", ""]
     lines += section("Data", config.get("data", {})) + section("Training", config.get("training", {})) + section("Network", config.get("net", {}))
     return "\n".join(lines + section("Measured", {k: v for k, v in (metrics or {}).items() if isinstance(v, (int, float, str)) and k != "run"}))
 

@@ -21,7 +21,7 @@ from ddpm_edm import cli
 from ddpm_edm.cli import describe_model, distill_run, evaluate_run, import_model, run_command, sample_images, train_images
 from ddpm_edm.consistency import consistency_step, few_levels, is_consistency
 from ddpm_edm.core import image_grid
-from ddpm_edm.data import _attention, default_mults, digits
+from ddpm_edm.data import _attention, default_mults, digits, load_data
 from ddpm_edm.metrics import evaluate, pixel_features, to_uint8
 from ddpm_edm.noise import karras_sigmas
 from ddpm_edm.precond import EDMPrecond
@@ -202,20 +202,15 @@ def test_help_of_the_program(tmp_path):
 
 
 def test_defaults_are_those_of_the_library(monkeypatch, capsys):
-    "What is trained where nothing is asked for, and what the help says of it; named data are not measured."
+    "What is trained where nothing is asked for, and what the help says of it; the digits are not measured."
     mine, theirs = (inspect.signature(f).parameters for f in (train_images, train))
-    for name in ("lr", "optimizer", "stable_targets", "label_dropout", "seed", "precision"): assert mine[name].default == theirs[name].default
+    for name in ("stable_targets", "label_dropout", "seed", "precision"): assert mine[name].default == theirs[name].default
     noise, net = theirs["noise"].default, inspect.signature(UNet).parameters
-    default = {name: theirs[name].default for name in ("images", "batch", "ema_halflife")} | {name: net[name].default for name in ("channels", "blocks", "dropout")}
+    default = {name: theirs[name].default for name in ("images", "batch", "ema_halflife", "lr", "optimizer")} | {name: net[name].default for name in ("channels", "blocks", "dropout")}
     default |= dict(p_mean=noise.P_mean, p_std=noise.P_std)
     help_of = {a.dest: a.help for a in cli._parser(train_images, TRAIN)._actions}
-    for name, value in default.items(): assert f"default: {value:g}" in help_of[name]
-    got = {}
-    def spy(denoiser, data, out, **settings):
-        got.update(settings, net=denoiser.net.config, sigma_data=denoiser.sigma_data)
-        Path(out, "samples").mkdir(parents=True)
-        Path(out, "samples", "1.png").touch()
-    monkeypatch.setattr(cli, "train", spy)
+    for name, value in default.items(): assert f"default: {value if isinstance(value, str) else f'{value:g}'}" in help_of[name]
+    got = asked_of_train(monkeypatch)
     monkeypatch.setattr(cli, "recipe", None)    # not to be called
     train_images(out="run")
     expected = {name: p.default for name, p in theirs.items() if p.kind is p.KEYWORD_ONLY}
@@ -407,17 +402,24 @@ def test_unconditional(capsys):
     assert "labels must be left out for a model without classes, got '3'" in capsys.readouterr().err
 
 
+def asked_of_train(monkeypatch):
+    "Instead of training: a dictionary of what `train` was last asked for."
+    got = {}
+    def spy(denoiser, data, out, **settings):
+        got.clear()
+        got.update(settings, net=denoiser.net.config, sigma_data=denoiser.sigma_data, size=data.shape[1:])
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        Path(out, "samples", "000000008.png").touch()
+    monkeypatch.setattr(cli, "train", spy)
+    return got
+
+
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
 def test_a_folder_gets_its_settings_by_recipe(device, monkeypatch, capsys):
     "What recipe measures, cut down to a first look without CUDA; what is asked for goes before; and all of it is said."
     from ddpm_edm.data import image_folder, recipe
     monkeypatch.setattr(cli, "_usable", lambda asked: device)
-    got, gpu = {}, device == "cuda"
-    def spy(denoiser, data, out, **settings):
-        got.update(settings, net=denoiser.net.config, sigma_data=denoiser.sigma_data, size=data.shape[1:])
-        Path(out, "samples").mkdir(parents=True, exist_ok=True)
-        Path(out, "samples", "000000008.png").touch()
-    monkeypatch.setattr(cli, "train", spy)
+    got, gpu = asked_of_train(monkeypatch), device == "cuda"
     folder_of_pictures(Path("photos"), n=60, size=40)
     d = image_folder("photos", 32 if gpu else 16)
     r = recipe(d)
@@ -429,14 +431,17 @@ def test_a_folder_gets_its_settings_by_recipe(device, monkeypatch, capsys):
     assert got["net"] == UNet(**r.net | dict(channels=64 if gpu else 32)).config and got["net"]["num_labels"] == 2
     assert [got[f"{k}_every"] for k in ("log", "save", "sample")] == [images // 120, images // 12, images // 6]
     for name in ("sigma_data", "sigma_min", "sigma_max", "noise"): assert f"{name} " in said and r.reasons[name] in said
-    assert ("recipe says 960,000" in said) != gpu and f"{images:,}" in said and "samples/000000008.png" in said
-    assert said.splitlines()[-1] == f"next: {SAMPLE} runs/photos --sigma-min {r.sigmas['sigma_min']:g} --sigma-max {r.sigmas['sigma_max']:g}"
+    assert ("else 960,000" in said) != gpu and f"{images:,}" in said and "samples/000000008.png" in said
+    assert (got["optimizer"], got["lr"]) == (("adamw", 0.001) if gpu else ("muon", 0.004)) and ("muon" in said) != gpu and f" {got['lr']:g} " in said.replace("\n", " \n")
+    assert dict(sigma_min=got["sigma_min"], sigma_max=got["sigma_max"]) == r.sigmas and said.splitlines()[-1] == f"next: {SAMPLE} runs/photos"
     assert said.count("\n") < 20
     words = "--images 1200 --batch 5 --channels 96 --blocks 2 --dropout 0.3 --p-mean -2 --size 12 --unconditional"
     assert call(TRAIN, f"--data photos {words}") == 0
     assert (got["images"], got["batch"], got["ema_halflife"], got["size"]) == (1200, 5, 40, (12, 12)) and got["log_every"] == 10
     assert [got["net"][k] for k in ("channels", "blocks", "dropout", "num_labels")] == [96, 2, 0.3, 0] and (got["noise"].P_mean, got["noise"].P_std) == (-2, 1.2)
     assert capsys.readouterr().out.count("as asked") == 6    # images, batch, channels, blocks, dropout, noise
+    assert call(TRAIN, "--data photos --optimizer adamw") == 0 and (got["optimizer"], got["lr"]) == ("adamw", 0.001)
+    assert call(TRAIN, "--data photos --optimizer muon --lr 3e-4") == 0 and (got["optimizer"], got["lr"]) == ("muon", 3e-4)
     assert call(TRAIN, "--data photos --ema-halflife 77 --p-std 0.5") == 0
     assert got["ema_halflife"] == 77 and got["noise"].P_std == 0.5 and got["noise"].P_mean == r.train["noise"].P_mean
 
@@ -449,8 +454,51 @@ def test_200_pictures_to_a_grid_by_one_command(capsys):
     grid = Path("runs/mine") / said.split("loss.png, ")[1].splitlines()[0]
     assert pixels(grid).shape == ((8 * 9 - 1) * 4,) * 2 + (3,)    # 8 x 8 samples
     command = said.splitlines()[-1].removeprefix(f"next: {SAMPLE} ")
-    assert "--sigma-max" in command and call(SAMPLE, f"{command} --n 4 --steps 2 --scale 1 --quiet") == 0
+    assert call(SAMPLE, f"{command} --n 4 --steps 2 --scale 1 --quiet") == 0
     assert pixels("samples.png").shape == (17, 17, 3)
+
+
+def test_sampling_begins_and_ends_where_the_run_says(capsys):
+    "By sample and by eval, unless other levels are asked for; a file that says nothing gets EDM's."
+    folder_of_pictures(Path("photos"), n=20)
+    assert call(TRAIN, "--data photos --out run --size 8 --images 640 --batch 32 --channels 32 --quiet") == 0
+    ends = load("run").config["sigmas"]
+    assert ends["sigma_max"] < 80 and ends["sigma_min"] != 0.002
+    def drawn(run, more=""):
+        assert call(SAMPLE, f"{run} --n 4 --labels 0 --steps 4 --scale 1 --quiet {more}") == 0
+        return pixels("samples.png")
+    own = drawn("run")
+    def expected(**ends): return np.asarray(image_grid(generate(load("run"), range(4), [3, 8, 8], karras_sigmas(4, **ends), labels=torch.zeros(4, dtype=torch.long)), scale=1))
+    assert (own == expected(**ends)).all() and (drawn("run", "--sigma-max 80") == expected(**ends | dict(sigma_max=80.))).all()
+    assert (drawn("run", "--sigma-min 0.3") == expected(**ends | dict(sigma_min=0.3))).all()
+    assert (expected(**ends | dict(sigma_max=80.)) != own).any() and (expected(**ends | dict(sigma_min=0.3)) != own).any()
+    plain = load("run")
+    save_denoiser(plain, "plain.safetensors", dict(shape=[3, 8, 8]))
+    assert (drawn("plain.safetensors") == expected()).all()
+    assert call(EVAL, "run --data photos --n 10 --steps 4 --features pixels --seed 5 --quiet") == 0
+    d = load_data("photos", 8)
+    labels = d.labels[torch.randperm(len(d), generator=torch.Generator().manual_seed(5))][:10]
+    def clipped(**ends): return (generate(plain, range(5, 15), d.shape, karras_sigmas(4, **ends), labels=labels).abs() > 1 + 1 / 255).double().mean().item()
+    found = json.loads(Path("run/eval.json").read_text())["clipped"]
+    assert found == pytest.approx(clipped(**ends), abs=1e-3) and abs(found - clipped()) > 1e-2    # rounding moves a pixel or two of 1920
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_known_sets_get_their_settings_by_recipe_too(name, monkeypatch, capsys):
+    "All but the digits, which the defaults were made for."
+    from ddpm_edm.data import ImageData, recipe
+    monkeypatch.setattr(cli, "_usable", lambda asked: "cuda")
+    got = asked_of_train(monkeypatch)
+    shape = (3, 32, 32) if name == "cifar10" else (1, 28, 28)
+    images = torch.randint(256, (40, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    d = ImageData(images, torch.arange(40) % 10, name=name)
+    monkeypatch.setattr(cli, "load_data", lambda *how: d if how[0] == name else digits())
+    r = recipe(d)
+    assert call(TRAIN, f"--data {name}") == 0
+    assert got["net"] == UNet(**r.net).config and got["sigma_data"] == r.sigma_data and got["sigma_max"] == r.sigmas["sigma_max"]
+    assert {k: got[k] for k in r.train} == r.train and got["optimizer"] == "adamw" and "measured" in capsys.readouterr().out
+    assert call(TRAIN, "") == 0
+    assert (got["images"], got["lr"], got["optimizer"]) == (240_000, 0.001, "adamw") and got["noise"].P_mean == -0.6 and not {"sigma_min", "sigma_max"} & set(got) and "measured" not in capsys.readouterr().out
 
 
 def test_pictures_kept_on_disk_are_the_same(capsys):

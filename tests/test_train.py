@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save, save_file
 
 from ddpm_edm import train as module
 from ddpm_edm.data import ImageData
-from ddpm_edm.noise import LogNormal
+from ddpm_edm.noise import LogNormal, karras_sigmas
 from ddpm_edm.precond import EDMPrecond
-from ddpm_edm.train import Settings, Trainer, learning_rate, load, plot_loss, read_log, replacing, save_denoiser, train
+from ddpm_edm.train import Settings, Trainer, learning_rate, load, plot_loss, read_log, replacing, sample_picture, save_denoiser, train
 
 # What a run of these tests is made of; the scripts below run it too, in processes that can be killed.
 SETUP = """
@@ -517,13 +517,28 @@ def test_not_by_accident(unbroken, tmp_path):
 BAD = [dict(batch=64.5), dict(batch="16"), dict(images=0), dict(images=-5), dict(images=math.nan), dict(images=math.inf), dict(images=None),
        dict(lr=0), dict(lr=-1e-3), dict(lr=math.nan), dict(lr=math.inf), dict(lr="fast"), dict(lr_end=1.5), dict(lr_end=-0.1), dict(warmup=-1),
        dict(ema_halflife=0), dict(label_dropout=1.01), dict(label_dropout=math.nan), dict(seed=-1), dict(seed=0.5), dict(precision="fp8"),
-       dict(log_every=0), dict(save_every=0.5), dict(sample_every=None)]
+       dict(log_every=0), dict(save_every=0.5), dict(sample_every=None), dict(sigma_min=0), dict(sigma_max=math.inf), dict(sigma_max="80")]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_bad_settings_are_named(tmp_path, bad):
     with pytest.raises(ValueError, match=f"^{next(iter(bad))} must be .*got"): run_in(tmp_path / "run", **bad)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_remembers_where_sampling_begins_and_ends(unbroken, tmp_path):
+    "In the model, and in its pictures; the weights are the same; a run with others is another run."
+    ends, out = dict(sigma_min=0.03, sigma_max=9.), tmp_path / "run"
+    denoiser = run_in(out, **ends)
+    assert denoiser.config["sigmas"] == load(out / "model.safetensors").config["sigmas"] == ends
+    assert load(unbroken).config["sigmas"] == dict(sigma_min=0.002, sigma_max=80.)
+    assert all(torch.equal(a, b) for a, b in zip(denoiser.parameters(), load(unbroken).parameters()))
+    sample_picture(denoiser, (1, 4, 4), karras_sigmas(18, **ends)).save(tmp_path / "expected.png")
+    drawn = (out / "samples/000000160.png").read_bytes()
+    assert drawn == (tmp_path / "expected.png").read_bytes() != (unbroken / "samples/000000160.png").read_bytes()
+    with pytest.raises(ValueError, match=r"holds another run \(sigmas.sigma_max is 9.0 there and 10.0 here\)"): run_in(out, resume=True, **ends | dict(sigma_max=10))
+    with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max < infinity, got 2.0 and 1.0"): run_in(tmp_path / "none", sigma_min=2, sigma_max=1)
+    assert not (tmp_path / "none").exists()
 
 
 def test_whole_floats_and_zeros_are_fine(tmp_path):
