@@ -9,7 +9,7 @@ backward, clipping and averaging where it has them, optimizer), every contestant
 `default` is the precision that a user gets who sets none: fp32 for the peers, the measured one here. Memory: growth of the
 process while it trains in fp32, in a process of its own. Quality: sets of 1000 samples without labels, 35 evaluations each, clipped
 to the range of pictures, against all real digits, mean and scatter of the sets; every package by its own recipe, with the same
-wall-clock time; 'real halves' are two random halves of the data, 'real draws' 1000 of them, 100 of each class.
+wall-clock time; 'real halves' are two random halves of the data, 'real draws' 1000 of them, drawn with replacement.
 """
 import importlib
 import io
@@ -267,7 +267,7 @@ def training(
     if minutes:
         result = {name: quality(name, sorted(float(m) for m in minutes.split(","))) for name in installed(TRAINERS)}
         lines = [f"{name:>28}: " + ", ".join(f"{v['mean']:.3f} (scatter {v['scatter']:.3f}) after {m:g} min" for m, v in values.items()) for name, values in result.items()]
-        of_real = reference()
+        of_real = reference(by_class=False)
         for name, key in {"real halves": "frechet_of_real_halves", "real draws": "frechet_of_real_draws"}.items():
             result[name] = of_real[key]
             lines.append(f"{name:>28}: {of_real[key]:.3f}")

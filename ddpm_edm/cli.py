@@ -192,7 +192,7 @@ def train_images(
     images: int = None,            # images to see in all; default: 240000 for digits, else by recipe
     batch: int = None,             # images per step; default: 64 for digits, else by recipe
     lr: float = None,              # highest learning rate; default: 0.001, or 0.004 for a first look by muon
-    optimizer: str = None,         # adamw, or muon, which learns more from an image; default: adamw, or muon for a first look at own pictures without CUDA
+    optimizer: str = None,         # adamw, or muon, which learns more from an image; default: adamw, or muon for a first look without CUDA at other pictures than the digits
     stable_targets: bool = False,  # learn from the mean of all pictures that a noisy one may come from, with less noise; without --augment and --cache
     network: str = "unet",         # unet or dit, a transformer
     channels: int = None,          # width of the network, of a U-Net at full resolution; default: 64 for digits, else by recipe; for a DiT 128
@@ -300,7 +300,7 @@ def sample_images(
     if Path(out).suffix.lower() not in SUFFIXES: raise ValueError(f"out must end in {', '.join(SUFFIXES)}, got {out!r}")
     device = _usable(device)
     denoiser = _open(run, device)
-    solver, step, sigmas = _method(denoiser, solver, steps, rho, sigma_min=sigma_min, sigma_max=sigma_max)
+    solver, step, sigmas = _method(denoiser, solver, steps, rho, sigma_min, sigma_max)
     shape, classes = _picture_shape(denoiser, run), _class_names(denoiser)
     given = bool(inpaint or upscale or init)
     wanted = [-1] if given and classes and labels is None else _parse_labels(labels, classes)    # a picture knows best what it shows
@@ -332,13 +332,15 @@ def _open(run: str, device: str = "cpu") -> Precond | DDPMDenoiser:
     if not hasattr(denoiser, "config"): denoiser.config = {}
     return denoiser
 
-def _method(denoiser: Precond | DDPMDenoiser, solver: str | None, steps: int | None, rho: float = 7., **ends: float | None) -> tuple[str, Callable, torch.Tensor]:
+def _method(denoiser: Precond | DDPMDenoiser, solver: str | None, steps: int | None, rho: float = 7., sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[str, Callable, torch.Tensor]:
     "Name, step and noise levels by which to sample from a denoiser, between sigma_min and sigma_max as asked for, or its run's, or EDM's; a consistency model has a way of its own."
-    known = dict(sigma_min=0.002, sigma_max=80.) | denoiser.config.get("sigmas", {}) | {name: value for name, value in ends.items() if value is not None}
+    ends = dict(sigma_min=0.002, sigma_max=80.) | denoiser.config.get("sigmas", {})
+    if sigma_min is None: sigma_min = ends["sigma_min"]
+    if sigma_max is None: sigma_max = ends["sigma_max"]
     if solver not in (None, *SOLVERS): raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if not is_consistency(denoiser): return solver or "heun", SOLVERS[solver or "heun"], karras_sigmas(steps or 18, known["sigma_min"], known["sigma_max"], rho)
+    if not is_consistency(denoiser): return solver or "heun", SOLVERS[solver or "heun"], karras_sigmas(steps or 18, sigma_min, sigma_max, rho)
     if solver: raise ValueError(f"solver must be left out for a consistency model, got {solver!r}")
-    return "consistency", consistency_step, few_levels(steps or 2, known["sigma_max"])
+    return "consistency", consistency_step, few_levels(steps or 2, sigma_max)
 
 def _evaluations(solver: str, sigmas: torch.Tensor) -> int:
     "Of the network for one picture."

@@ -414,6 +414,7 @@ def plot_loss(
 ) -> Any:             # a matplotlib figure
     "The loss of a run against images seen."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
     log, fig = [m for m in read_log(run) if m["loss"]], Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
     left, right = fig.subplots(1, 2)
     left.plot([m["images"] for m in log], [m["loss"] for m in log], ".-" if len(log) < 30 else "-", color="#0072B2")
@@ -429,6 +430,7 @@ def plot_loss(
     right.set(xlabel=r"noise level $\sigma$ (data units)", xscale="log", yscale="log", title="Loss by noise level")
     if log: right.legend(fontsize=8)
     for axis in (left.yaxis, right.yaxis):
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
         for put in (axis.set_major_formatter, axis.set_minor_formatter): put("{x:.2g}")
     return fig
 
