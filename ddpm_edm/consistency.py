@@ -120,10 +120,9 @@ class ConsistencyLoss:
 
     def __repr__(self) -> str: return f"ConsistencyLoss(pairs={self.pairs}, teacher={_named(self.teacher)}, c={self.c}, sigma_data={self.sigma_data})"
 
-    @property
-    def sampling(self) -> dict:
-        "How the trainer draws its pictures: in two evaluations."
-        return dict(sigmas=few_levels(2), step=consistency_step)
+    def sampling(self, sigma_min: float = 0.002, sigma_max: float = 80.) -> dict:
+        "How the trainer draws its pictures: in two evaluations, the first at sigma_max."
+        return dict(sigmas=few_levels(2, sigma_max), step=consistency_step)
 
     def __call__(
         self,
@@ -210,9 +209,10 @@ def distill(
     if method not in ("distillation", "tuning"): raise ValueError(f'method must be "distillation" or "tuning", got {method!r}')
     teacher = load(run)
     if is_consistency(teacher): raise ValueError(f"run must hold a diffusion model, but {run} holds a consistency model")
+    ends = teacher.config.get("sigmas", {})    # the student is sampled from where the teacher is
     if method == "tuning": loss = ConsistencyLoss(Shrinking(), sigma_data=teacher.sigma_data)
-    else: loss = ConsistencyLoss(Doubling(steps, steps), teacher, sigma_data=teacher.sigma_data)
-    return train(load(run), data, out, loss=loss, images=images, lr=lr, warmup=warmup, ema_halflife=ema_halflife, noise=noise, precision=precision, **more)
+    else: loss = ConsistencyLoss(Doubling(steps, steps, **ends), teacher, sigma_data=teacher.sigma_data)
+    return train(load(run), data, out, loss=loss, images=images, lr=lr, warmup=warmup, ema_halflife=ema_halflife, noise=noise, precision=precision, **ends | more)
 
 def is_consistency(
     denoiser: Denoiser,    # as `train.load` gives it
@@ -248,9 +248,8 @@ class ProgressiveLoss:
 
     def __repr__(self) -> str: return f"ProgressiveLoss(teacher={_named(self.teacher)}, levels={[float(f'{level:.6g}') for level in self.levels]})"
 
-    @property
-    def sampling(self) -> dict:
-        "How the student is sampled: Euler's steps over every second level."
+    def sampling(self, sigma_min: float = 0.002, sigma_max: float = 80.) -> dict:
+        "How the student is sampled: Euler's steps over every second level, wherever a run begins."
         return dict(sigmas=self.levels[::2], step=euler)
 
     def __call__(self, denoise: Denoiser, x0: Tensor, *, sigma: Tensor, n: Tensor, **cond) -> Tensor:

@@ -362,6 +362,7 @@ def load(
         with safe_open(file, "pt") as f:
             config, tensors = json.loads((f.metadata() or {})["config"]), _tensors(f)
         check_modest(config["net"], len(tensors))
+        karras_sigmas(1, **config.get("sigmas", {}))    # refuses what can't be
         network = NETWORKS[config["network"]]
         with torch.device("meta"): denoiser = EDMPrecond(network(**config["net"]), config["sigma_data"])
         denoiser.load_state_dict(tensors, assign=True)
@@ -517,10 +518,11 @@ class RunFolder:
             os.fsync(f.fileno())    # the log is on the disk before a state that counts on it
         return metrics
 
-    def draw(self, denoiser: EDMPrecond, seen: int, **how) -> None:
+    def draw(self, denoiser: EDMPrecond, seen: int, sampling: Callable | None = None) -> None:
         "A picture of samples, and the loss so far."
         if not self.main: return
-        how = dict(sigmas=karras_sigmas(18, **self.config["sigmas"])) | how
+        ends = self.config["sigmas"]
+        how = sampling(**ends) if sampling else dict(sigmas=karras_sigmas(18, **ends))
         picture, figure = sample_picture(denoiser, self.config["shape"], **how), plot_loss(self.path)
         with replacing(self.path / "samples" / f"{seen:09d}.png") as f: picture.save(f)
         with replacing(self.path / "loss.png") as f: figure.savefig(f)
@@ -617,7 +619,7 @@ def _advance(trainer: Trainer, folder: RunFolder, every: dict[str, int]) -> floa
         loss = line["loss"]
     if "sample" in due:
         assert isinstance(trainer.ema.model, EDMPrecond)
-        folder.draw(trainer.ema.model, trainer.seen, **getattr(trainer.loss, "sampling", {}))
+        folder.draw(trainer.ema.model, trainer.seen, getattr(trainer.loss, "sampling", None))
         folder.keep(trainer)
     if "save" in due: folder.save(trainer)
     return loss

@@ -333,6 +333,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.nn import functional as F
 
+from .consistency import is_consistency
 from .core import Denoiser, expand
 from .ddpm import DDPM, DDPMDenoiser
 from .noise import alpha_bars, cosine_betas, linear_betas, scaled_linear_betas, sigmoid_betas, zero_terminal_snr
@@ -704,10 +705,13 @@ def model_card(
              f"# {name.split('/')[-1]}", "", "A diffusion model of [ddpm_edm](https://github.com/ddpm-edm/ddpm_edm).", ""]
     if picture: lines += ["![samples](samples.png)", ""]
     shape = tuple(config["shape"]) if "shape" in config else "(C, H, W)"
-    labels = ", labels=torch.arange(8)" if config.get("net", {}).get("num_labels") else ""
-    levels = ', **denoiser.config["sigmas"]' if "sigmas" in config else ""
-    lines += ["```python", *["import torch"] * bool(labels), "from ddpm_edm.noise import karras_sigmas", "from ddpm_edm.solvers import generate", "from ddpm_edm.zoo import from_pretrained",
-              f"denoiser = from_pretrained({name!r})", f"x = generate(denoiser, range(8), {shape}, karras_sigmas(18{levels}){labels})    # in [-1, 1]", "```", ""]
+    n, known = config.get("net", {}).get("num_labels"), "sigmas" in config
+    labels = f", labels=torch.arange(8){f' % {n}' * (n < 8)}" if n else ""
+    if is_consistency(SimpleNamespace(config=config)):
+        module, names, levels = "consistency", "consistency_step, few_levels", "few_levels(2" + ', denoiser.config["sigmas"]["sigma_max"]' * known + "), consistency_step"
+    else: module, names, levels = "noise", "karras_sigmas", "karras_sigmas(18" + ', **denoiser.config["sigmas"]' * known + ")"
+    lines += ["```python", *["import torch"] * bool(labels), f"from ddpm_edm.{module} import {names}", "from ddpm_edm.solvers import generate", "from ddpm_edm.zoo import from_pretrained",
+              f"denoiser = from_pretrained({name!r})", f"x = generate(denoiser, range(8), {shape}, {levels}{labels})    # in [-1, 1]", "```", ""]
     lines += section("Data", config.get("data", {})) + section("Training", config.get("training", {})) + section("Network", config.get("net", {}))
     return "\n".join(lines + section("Measured", {k: v for k, v in (metrics or {}).items() if isinstance(v, (int, float, str)) and k != "run"}))
 

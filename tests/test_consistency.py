@@ -236,7 +236,7 @@ def test_progressive_loss_by_hand():
     x = x0 + upper[:, None] * n
     want = (0.9 * P(x, upper) - two_in_one(P, x, upper, middle, low)).square().mean(1) * (1 / upper**2).clamp(min=1)
     torch.testing.assert_close(loss(lambda x, sigma: 0.9 * P(x, sigma), x0, sigma=sigma, n=n), want, rtol=1e-9, atol=1e-12)
-    assert loss.sampling["step"] is euler and torch.equal(loss.sampling["sigmas"], levels[::2])
+    assert (how := loss.sampling(0.01, 5.))["step"] is euler and torch.equal(how["sigmas"], levels[::2])    # its own levels, wherever the run begins
 
 
 # runs
@@ -302,14 +302,22 @@ def test_pictures_of_a_student_are_drawn_its_way(run, tmp_path, monkeypatch):
     distill(run, some_data(), tmp_path / "s", **SMALL)
     assert calls and all(torch.equal(sigmas, few_levels(2)) and step is consistency_step for sigmas, step in calls)
     calls.clear()
-    train(network(), some_data(), tmp_path / "t", **SMALL)
+    short = SMALL | dict(images=32, sample_every=16)
+    train(network(), some_data(), tmp_path / "t", **short, sigma_min=0.01, sigma_max=20.)
     assert calls and all(len(sigmas) == 19 and step is heun for sigmas, step in calls)
+    for method in ("distillation", "tuning"):    # from where its teacher is drawn, unless told
+        calls.clear()
+        student = distill(tmp_path / "t", some_data(), tmp_path / method, method=method, **short)
+        assert student.config["sigmas"] == dict(sigma_min=0.01, sigma_max=20.)
+        assert calls and all(torch.equal(sigmas, few_levels(2, 20.)) for sigmas, step in calls)
+        assert ("sigma_min=0.01, sigma_max=20.0" in student.config["training"]["loss"]) == (method == "distillation")
+    assert distill(tmp_path / "t", some_data(), tmp_path / "told", **short, sigma_max=30.).config["sigmas"]["sigma_max"] == 30
 
 
 def test_guided_teacher_low_precision_and_progressive(run, tmp_path):
     for k, (loss, how) in enumerate(((ConsistencyLoss(Doubling(4, 4), Guided(load(run), 2.)), {}), (ConsistencyLoss(), dict(precision="bf16")), (ProgressiveLoss(load(run), karras_sigmas(4)), {}))):
         student = train(network(), some_data(), tmp_path / str(k), **SMALL | how | dict(loss=loss))
-        x = generate(student, range(3), (1, 4, 4), **loss.sampling, labels=torch.tensor([0, 1, -1]))
+        x = generate(student, range(3), (1, 4, 4), **loss.sampling(), labels=torch.tensor([0, 1, -1]))
         assert x.isfinite().all() and all(math.isfinite(m["loss"]) for m in read_log(tmp_path / str(k)))
 
 

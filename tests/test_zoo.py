@@ -30,13 +30,14 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
 from ddpm_edm import zoo
+from ddpm_edm.consistency import consistency_step, few_levels
 from ddpm_edm.core import convert, eps_of, expand, seeded_noise
 from ddpm_edm.ddpm import DDPM
 from ddpm_edm.dit import DiT
-from ddpm_edm.noise import alpha_bars, cosine_betas, linear_betas, zero_terminal_snr
+from ddpm_edm.noise import alpha_bars, cosine_betas, karras_sigmas, linear_betas, zero_terminal_snr
 from ddpm_edm.oracle import Mixture
 from ddpm_edm.precond import EDMPrecond, IDDPMPrecond, VEPrecond, VPPrecond
-from ddpm_edm.solvers import euler, sample
+from ddpm_edm.solvers import euler, generate, heun, sample
 from ddpm_edm.train import load, save_denoiser
 from ddpm_edm.unet import ADM, UNet, edm_settings, from_edm, to_edm
 from ddpm_edm.zoo import (Budget, ClassicUNet, ConvResample, DiffusersModel, Global, Machine, Record, diffusers_settings, from_diffusers, from_pretrained,
@@ -773,7 +774,7 @@ def test_cards_say_what_the_run_knows(run, tmp_path):
     assert (folder / "samples.png").read_bytes() == b"picture 100"
     head = card.split("---")[1]
     assert "library_name: ddpm_edm" in head and "pipeline_tag: unconditional-image-generation" in head
-    for words in ("# digits\n", "from_pretrained('somebody/digits')", "(1, 8, 8)", "labels=torch.arange(8)", "| lr | `0.001` |", "| fid | `3.5` |", "| fingerprint | `abc` |", "| loss | `0.25` |", "![samples](samples.png)"):
+    for words in ("# digits\n", "from_pretrained('somebody/digits')", "(1, 8, 8)", "karras_sigmas(18), labels=torch.arange(8) % 3)", "| lr | `0.001` |", "| fid | `3.5` |", "| fingerprint | `abc` |", "| loss | `0.25` |", "![samples](samples.png)"):
         assert words in card, words
     assert "/home/me" not in card    # a path on somebody's disk
     assert load(folder).config["data"]["name"] == "digits"    # the commands read the folder too
@@ -782,12 +783,20 @@ def test_the_card_of_nothing():
     card = model_card({})
     assert card.startswith("---\nlibrary_name") and "None" not in card and "samples.png" not in card
 
-def test_code_of_the_card_runs(run, tmp_path, monkeypatch):
-    folder = save_pretrained(run, tmp_path / "m", "somebody/digits")
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("'somebody/digits'", repr(str(folder))).replace("arange(8)", "tensor([0, 1, 2, -1, 0, 1, 2, -1])")
-    space = {}
-    exec(code, space)
-    assert space["x"].shape == (8, 1, 8, 8)
+@pytest.mark.parametrize("sigmas", [{}, dict(sigmas=dict(sigma_min=0.01, sigma_max=20.))])
+@pytest.mark.parametrize("num_labels", [0, 3, 10])
+@pytest.mark.parametrize("training", [{}, dict(loss="ConsistencyLoss(pairs=Doubling())")])
+def test_code_of_the_card_runs(sigmas, num_labels, training, tmp_path):
+    "As it stands, for few classes too; from where the run begins; for a consistency model in its two steps."
+    torch.manual_seed(0)
+    denoiser = EDMPrecond(UNet(1, 32, mults=(1,), attention=(), num_labels=num_labels), 0.7).eval()
+    denoiser.config = dict(shape=[1, 8, 8], training=training) | sigmas
+    folder, space = save_pretrained(denoiser, tmp_path / "m"), {}
+    exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("'m'", repr(str(folder))), space)
+    ends = sigmas.get("sigmas", {})
+    how = (few_levels(2, ends.get("sigma_max", 80.)), consistency_step) if training else (karras_sigmas(18, **ends), heun)
+    x = generate(denoiser, range(8), (1, 8, 8), *how, labels=torch.arange(8) % num_labels if num_labels else None)
+    torch.testing.assert_close(space["x"], x, atol=1e-4, rtol=0)    # rounding may depend on where in memory the weights lie
 
 def test_to_the_hub_and_back(run, tmp_path, monkeypatch):
     "Without a network: what would be sent, and what would be fetched."
