@@ -723,15 +723,15 @@ def save_pretrained(
     "A model with its card, as the Hugging Face Hub has them."
     run, folder = (Path(source) if isinstance(source, (str, Path)) else None), Path(folder)
     denoiser = _read(Path(source) / "model.safetensors", "cpu") if isinstance(source, (str, Path)) else source
-    config, metrics = getattr(denoiser, "config", {}), {}
     folder.mkdir(parents=True, exist_ok=True)
-    _save(denoiser, folder / "model.safetensors", config)
-    with replacing(folder / "config.json") as f: f.write_text(json.dumps(_read(folder / "model.safetensors", "cpu").config, indent=2))
+    _save(denoiser, folder / "model.safetensors", getattr(denoiser, "config", {}))
+    config, metrics = _read(folder / "model.safetensors", "cpu").config, {}
+    with replacing(folder / "config.json") as f: f.write_text(json.dumps(config, indent=2))
     if run and (run / "eval.json").is_file(): metrics = json.loads((run / "eval.json").read_text())
     if run and (log := read_log(run)): metrics |= {k: log[-1][k] for k in ("images", "loss") if k in log[-1]}
     for picture in sorted(run.glob("samples/*.png"))[-1:] if run else ():
         with replacing(folder / "samples.png") as f: f.write_bytes(picture.read_bytes())
-    with replacing(folder / "README.md") as f: f.write_text(model_card(denoiser.config if hasattr(denoiser, "config") else {}, metrics, name or folder.name, (folder / "samples.png").is_file()), encoding="utf-8")
+    with replacing(folder / "README.md") as f: f.write_text(model_card(config, metrics, name or folder.name, (folder / "samples.png").is_file()), encoding="utf-8")
     return folder
 
 def from_pretrained(

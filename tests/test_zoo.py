@@ -731,9 +731,9 @@ class TestWithDiffusers:
 # --- files of our own, and the Hub
 
 @functools.cache
-def small():
+def small(num_labels=3):
     torch.manual_seed(0)
-    net = UNet(1, channels=32, mults=(1,), attention=(), num_labels=3).requires_grad_(False).eval()
+    net = UNet(1, channels=32, mults=(1,), attention=(), num_labels=num_labels).requires_grad_(False).eval()
     for p in net.parameters(): p.add_(0.1 * torch.randn(p.shape))
     return net
 
@@ -788,8 +788,7 @@ def test_the_card_of_nothing():
 @pytest.mark.parametrize("training", [{}, dict(loss="ConsistencyLoss(pairs=Doubling())")])
 def test_code_of_the_card_runs(sigmas, num_labels, training, tmp_path):
     "As it stands, for few classes too; from where the run begins; for a consistency model in its two steps."
-    torch.manual_seed(0)
-    denoiser = EDMPrecond(UNet(1, 32, mults=(1,), attention=(), num_labels=num_labels), 0.7).eval()
+    denoiser = EDMPrecond(small(num_labels), 0.7)
     denoiser.config = dict(shape=[1, 8, 8], training=training) | sigmas
     folder, space = save_pretrained(denoiser, tmp_path / "m"), {}
     exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("'m'", repr(str(folder))), space)
