@@ -6,7 +6,7 @@ Docs: https://ddpm-edm.github.io/ddpm_edm/train.html.md"""
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'OPTIMIZERS', 'SIGMA_EDGES', 'NETWORKS', 'learning_rate', 'Settings', 'Trainer', 'replacing',
-           'save_denoiser', 'load', 'check_modest', 'read_log', 'sample_picture', 'plot_loss', 'RunFolder',
+           'save_denoiser', 'load', 'check_config', 'read_log', 'sample_picture', 'plot_loss', 'RunFolder',
            'conv_times', 'fastest', 'train']
 
 # %% ../nbs/15_train.ipynb #80dd5796
@@ -341,9 +341,9 @@ def save_denoiser(
     config: dict | None = None,     # what else to remember, JSON-able; `load` gives it back as `.config`
 ) -> None:
     "Write a denoiser as one safetensors file that holds all that `load` needs."
-    config = (config or {}) | _network(denoiser)
-    weights = {k: v.contiguous() for k, v in denoiser.state_dict().items()}
-    with replacing(path) as f: f.write_bytes(to_bytes(weights, {"config": json.dumps(config)}))
+    weights, text = {k: v.contiguous() for k, v in denoiser.state_dict().items()}, json.dumps((config or {}) | _network(denoiser))
+    check_config(json.loads(text), len(weights))
+    with replacing(path) as f: f.write_bytes(to_bytes(weights, {"config": text}))
 
 def _network(denoiser: EDMPrecond) -> dict:
     "What `load` builds the denoiser from."
@@ -361,8 +361,7 @@ def load(
     try:
         with safe_open(file, "pt") as f:
             config, tensors = json.loads((f.metadata() or {})["config"]), _tensors(f)
-        check_modest(config["net"], len(tensors))
-        karras_sigmas(1, **config.get("sigmas", {}))    # refuses what can't be
+        check_config(config, len(tensors))
         network = NETWORKS[config["network"]]
         with torch.device("meta"): denoiser = EDMPrecond(network(**config["net"]), config["sigma_data"])
         denoiser.load_state_dict(tensors, assign=True)
@@ -372,10 +371,14 @@ def load(
     denoiser.config = config
     return denoiser.eval().requires_grad_(False).to(device)
 
-def check_modest(settings: dict, tensors: int) -> None:
-    "Refuse settings of a network with more blocks than a file has tensors; building them could take for ever."
-    asked = max(settings.get("blocks", 1) * len(settings.get("mults", (1,))), settings.get("depth", 1))
+def check_config(config: dict, tensors: int) -> None:
+    "Refuse what is no description of a run, and more blocks of a network than it has tensors; building them could take for ever."
+    net, shape, classes = config["net"], config.get("shape", [1, 1, 1]), config.get("classes")
+    asked = max(net.get("blocks", 1) * len(net.get("mults", (1,))), net.get("depth", 1))
     if asked > tensors: raise ValueError(f"its settings ask for {asked} blocks, and it holds {tensors} tensors")
+    if type(shape) is not list or len(shape) != 3 or any(type(n) is not int or n < 1 for n in shape): raise ValueError(f"shape must be [C, H, W], got {shape!r}")
+    if classes is not None and (type(classes) is not list or len(classes) < net.get("num_labels", 0)): raise ValueError(f"classes must be a list of {net['num_labels']} names, got {classes!r}")
+    karras_sigmas(1, **config.get("sigmas", {}))    # refuses levels that can't be
 
 def _tensors(f) -> dict[str, Tensor]:
     "The tensors of an open file, in memory of their own: what safetensors returns is mapped from the disk."
@@ -719,6 +722,7 @@ def train(
     accumulate = _whole("accumulate", accumulate, 1)
     sigmas = dict(sigma_min=_real("sigma_min", sigma_min), sigma_max=_real("sigma_max", sigma_max))
     karras_sigmas(18, **sigmas)    # refuses what can't be
+    if hasattr(loss, "sampling"): loss.sampling(**sigmas)    # so does this
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1    # a launcher passes Ctrl-C on to processes that have seen it already
     # the caller's random numbers stay as they were
     with torch.random.fork_rng(range(torch.cuda.device_count())), _stop_signals(5. * several) as stopped:

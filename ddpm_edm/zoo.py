@@ -338,7 +338,7 @@ from .core import Denoiser, expand
 from .ddpm import DDPM, DDPMDenoiser
 from .noise import alpha_bars, cosine_betas, linear_betas, scaled_linear_betas, sigmoid_betas, zero_terminal_snr
 from .precond import EDMPrecond, IDDPMPrecond, VEPrecond, VPPrecond
-from .train import NETWORKS, _tensors, check_modest, load, read_log, replacing, save_denoiser
+from .train import NETWORKS, _tensors, check_config, load, read_log, replacing, save_denoiser
 from .unet import Attention, _Mean
 
 # %% ../nbs/22b_sharing.ipynb #a5e59227
@@ -672,16 +672,17 @@ def _save(denoiser: Precond | DDPMDenoiser, path: str | Path, config: dict) -> N
     if type(denoiser) is EDMPrecond and type(denoiser.net) in NETWORKS.values(): return save_denoiser(denoiser, path, config)
     if type(getattr(denoiser, "net", None)) not in _NETS.values(): raise ValueError(f"denoiser must be one of this library's networks in its wrapper, got a {type(denoiser).__name__}")
     wrapping, tables = _wrapping(denoiser)
-    config = config | wrapping | dict(network=type(denoiser.net).__name__, net=denoiser.net.config)
+    text = json.dumps(config | wrapping | dict(network=type(denoiser.net).__name__, net=denoiser.net.config))
     tensors = {k: v.contiguous() for k, v in (denoiser.net.state_dict() | tables).items()}
-    with replacing(path) as f: f.write_bytes(to_bytes(tensors, {"config": json.dumps(config)}))
+    check_config(json.loads(text), len(tensors))
+    with replacing(path) as f: f.write_bytes(to_bytes(tensors, {"config": text}))
 
 def _read(path: Path, device: str | torch.device) -> Precond | DDPMDenoiser:
     "The denoiser of a file of `_save`, or of `train.save_denoiser`."
     with _safely(path):
         with safe_open(path, "pt") as f:
             config, names = json.loads((f.metadata() or {})["config"]), list(f.keys())
-            check_modest(config["net"], len(names))
+            check_config(config, len(names))
             if "wrapper" not in config: return load(path, device)
             tensors = _tensors(f)
         tables = {k: tensors.pop(k) for k in names if k.startswith("table.")}

@@ -312,6 +312,8 @@ def test_pictures_of_a_student_are_drawn_its_way(run, tmp_path, monkeypatch):
         assert calls and all(torch.equal(sigmas, few_levels(2, 20.)) for sigmas, step in calls)
         assert ("sigma_min=0.01, sigma_max=20.0" in student.config["training"]["loss"]) == (method == "distillation")
     assert distill(tmp_path / "t", some_data(), tmp_path / "told", **short, sigma_max=30.).config["sigmas"]["sigma_max"] == 30
+    with pytest.raises(ValueError, match="need 0 < sigma_mid < sigma_max, got 0.8 and 0.5"): distill(tmp_path / "t", some_data(), tmp_path / "low", method="tuning", **short, sigma_max=0.5)
+    assert not (tmp_path / "low").exists()    # before anything is written
 
 
 def test_guided_teacher_low_precision_and_progressive(run, tmp_path):

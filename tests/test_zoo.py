@@ -831,6 +831,8 @@ def edited(file, change):
     (lambda c: c["net"].update(blocks=10**9), "its settings ask for"), (lambda c: c["net"].update(mults=[1] * 10**5), "its settings ask for 100000 blocks"),
     (lambda c: c["net"].update(channels=10**9), "can't be read safely"), (lambda c: c["net"].update(groups=5), "groups must divide"), (lambda c: c["net"].update(evil=1), "TypeError"),
     (lambda c: c.pop("net"), "KeyError"), (lambda c: c.update(M=-3), "M must be"), (lambda c: c.update(net=[1]), "AttributeError"), (lambda c: c["net"].update(blocks="1"), "can't be read safely"),
+    (lambda c: c.update(shape=[1, 8]), r"shape must be \[C, H, W\], got \[1, 8\]"), (lambda c: (c.update(classes=["a"]), c["net"].update(num_labels=2)), "classes must be a list of 2 names"),
+    (lambda c: c.update(sigmas=dict(sigma_min=80., sigma_max=1.)), "sigma_min"),
 ])
 def test_hostile_folders_of_our_own(change, wanted, tmp_path):
     folder = save_pretrained(VPPrecond(ClassicUNet(1, channels=32, mults=(1,), attention=())), tmp_path)
@@ -842,6 +844,11 @@ def test_hostile_folders_of_our_own(change, wanted, tmp_path):
 def test_what_cannot_be_saved(tmp_path):
     for thing in (WORLD, VPPrecond(lambda x, t: x), torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match="denoiser must be one of this library's networks"): save_pretrained(thing, tmp_path / "m")
+    for wrap in (EDMPrecond, VEPrecond):
+        d = wrap(small())
+        for wrong, why in ((dict(shape=(8, 8)), r"shape must be \[C, H, W\], got \[8, 8\]"), (dict(classes=["a", "b"]), "classes must be a list of 3 names"), (dict(sigmas=dict(sigma_max=-1.)), "sigma_max")):
+            d.config = wrong    # what could not be loaded again is not written
+            with pytest.raises(ValueError, match=why): save_pretrained(d, tmp_path / "m")
     assert not (tmp_path / "m/model.safetensors").exists()
 
 def test_import_recognises_what_it_is_given(tmp_path):
