@@ -5,7 +5,7 @@
 
 Training: whole steps of `Trainer` (noise, forward, backward, clipping, AdamW, average) on random images in memory, timed between two
 synchronizations of the device. FLOPs are counted by torch for the forward pass, times three for the backward pass; the peak is the best
-rate of large square matrix products in the same precision. Sampling: 18 Heun steps, 35 evaluations. Memory: the most that was allocated;
+rate of large square matrix products in the same precision (TF32 for fp32, in which a GPU computes convolutions). Sampling: 18 Heun steps, 35 evaluations. Memory: the most that was allocated;
 a batch that does not fit ends the list.
 """
 import argparse
@@ -45,10 +45,12 @@ def seconds(work, repeats: int) -> float:
 
 def peak(dtype: torch.dtype) -> float:
     "Operations per second of the best of some large matrix products."
-    rates = []
+    rates, before = [], torch.get_float32_matmul_precision()
+    if DEVICE == "cuda": torch.set_float32_matmul_precision("high")    # TF32
     for n in (4096, 8192, 16384) if DEVICE == "cuda" else (1024, 2048):
         a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
         rates.append(2 * n**3 / min(seconds(lambda: a @ b, 10) for _ in range(3)))
+    torch.set_float32_matmul_precision(before)
     return max(rates)
 
 

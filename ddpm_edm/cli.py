@@ -116,7 +116,10 @@ def run_command(
     say = lambda kind, text: print(f"{name}: {kind}{text}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say("warning: ", " ".join(str(message).split()))
-        try: function(**args)
+        try: function(**args), sys.stdout.flush()
+        except BrokenPipeError:    # nobody reads on, as after | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except KeyboardInterrupt as e:
             print(file=sys.stderr)    # the terminal's line holds a bar or ^C
             say("", str(e) or "stopped")
@@ -216,6 +219,7 @@ def train_images(
 ):
     "Train EDM on images into a run folder: averaged model, state to resume, log, pictures of samples."
     if not 0 <= seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
+    if not 0 <= augment <= 1: raise ValueError(f"augment must be a probability, from 0 to 1, got {augment}")
     folder, measured = data not in DATASETS, data != "digits"
     if cache and not folder: raise ValueError(f"cache is for a folder of pictures; {data} is kept in memory")
     if folder and size is None: size = 32 if _usable(None) == "cuda" else 16
@@ -241,10 +245,10 @@ def _parse_labels(text: str | None, classes: list[str]) -> list[int]:
     if text is None: return list(range(len(classes)))
     if not classes: raise ValueError(f"labels must be left out for a model without classes, got {text!r}")
     known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
-    words = [word.strip() for word in str(text).split(",")]
+    words = [str(text)] if text in known else [word.strip() for word in str(text).split(",")]    # a name may hold a comma
     unknown = [word for word in words if word not in known]
     if unknown:
-        names = ", ".join(classes[:20]) + ", ..." * (len(classes) > 20)
+        names = ", ".join(repr(name) if "," in name else name for name in classes[:20]) + ", ..." * (len(classes) > 20)
         raise ValueError(f"labels must be from 0 to {len(classes) - 1} or among {names}, got {unknown[0]!r} in {str(text)!r}")
     return [known[word] for word in words]
 
@@ -280,7 +284,7 @@ def sample_images(
     solver: str = None,            # heun, euler, dpmpp_2m, dpmpp_3m, deis or unipc; default: heun, and a consistency model has its own
     sigma_min: float = None,       # last noise level above zero; default: the run's, else 0.002
     sigma_max: float = None,       # first noise level; default: the run's, else 80
-    rho: float = 7.,               # larger spends more steps at low noise
+    rho: float = None,             # larger spends more steps at low noise; default: 7
     guidance: float = 1.,          # how far towards the class; 1 is off, and 2 makes it clearer at the cost of variety
     interval: str = None,          # noise levels with guidance, such as 0.2,5; default: all
     inpaint: str = None,           # picture with a hole to fill; --mask says where
@@ -297,6 +301,7 @@ def sample_images(
     "Draw pictures from a trained denoiser."
     for name, value in dict(n=n, steps=steps, batch=batch, scale=scale).items():
         if value is not None and value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
+    if Path(out).is_dir(): raise ValueError(f"out must be a file, got the folder {out}")
     if Path(out).suffix.lower() not in SUFFIXES: raise ValueError(f"out must end in {', '.join(SUFFIXES)}, got {out!r}")
     device = _usable(device)
     denoiser = _open(run, device)
@@ -332,13 +337,15 @@ def _open(run: str, device: str = "cpu") -> Precond | DDPMDenoiser:
     if not hasattr(denoiser, "config"): denoiser.config = {}
     return denoiser
 
-def _method(denoiser: Precond | DDPMDenoiser, solver: str | None, steps: int | None, rho: float = 7., sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[str, Callable, torch.Tensor]:
+def _method(denoiser: Precond | DDPMDenoiser, solver: str | None, steps: int | None, rho: float | None = None, sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[str, Callable, torch.Tensor]:
     "Name, step and noise levels by which to sample from a denoiser, between sigma_min and sigma_max as asked for, or its run's, or EDM's; a consistency model has a way of its own."
+    for name, value in dict(rho=rho, sigma_min=sigma_min).items():
+        if value is not None and is_consistency(denoiser): raise ValueError(f"{name} must be left out for a consistency model, got {value:g}")
     ends = dict(sigma_min=0.002, sigma_max=80.) | denoiser.config.get("sigmas", {})
     if sigma_min is None: sigma_min = ends["sigma_min"]
     if sigma_max is None: sigma_max = ends["sigma_max"]
     if solver not in (None, *SOLVERS): raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if not is_consistency(denoiser): return solver or "heun", SOLVERS[solver or "heun"], karras_sigmas(steps or 18, sigma_min, sigma_max, rho)
+    if not is_consistency(denoiser): return solver or "heun", SOLVERS[solver or "heun"], karras_sigmas(steps or 18, sigma_min, sigma_max, 7. if rho is None else rho)
     if solver: raise ValueError(f"solver must be left out for a consistency model, got {solver!r}")
     return "consistency", consistency_step, few_levels(steps or 2, sigma_max)
 
@@ -348,6 +355,7 @@ def _evaluations(solver: str, sigmas: torch.Tensor) -> int:
 
 def _pushed(denoiser: Precond | DDPMDenoiser, guidance: float, interval: str | None) -> Denoiser:
     "The denoiser with classifier-free guidance, if it is asked for."
+    if not math.isfinite(guidance): raise ValueError(f"guidance must be a finite number, got {guidance}")
     if guidance == 1 and interval is None: return denoiser
     if guidance == 1: raise ValueError(f"interval needs a guidance other than 1, got {interval!r}")
     if not denoiser.net.num_labels: raise ValueError(f"guidance must be 1 for a model without classes, got {guidance:g}")
@@ -412,8 +420,8 @@ def _training_data(config: dict, data: str | None, size: int | None) -> ImageDat
     known = config.get("data", {})
     name = data or known.get("name")
     if name is None: raise ValueError("the model does not say what it was trained on; give --data")
-    if not data and name not in DATASETS: raise ValueError(f"the model was trained on a folder called {name!r}; say by --data where it is")
-    found = load_data(name, size if name in DATASETS else size or config["shape"][1])
+    if not data and name not in DATASETS: raise ValueError(f"the model was trained on data called {name!r}; if it is a folder, say by --data where")
+    found = load_data(name, size if name in DATASETS else size or tuple(config["shape"][1:]))
     if known and found.fingerprint() != known["fingerprint"]:
         raise ValueError(f"the model was trained on {known['images']} images of {known['name']} with fingerprint {known['fingerprint']}, got {len(found)} of {found.name} with {found.fingerprint()}")
     return found
@@ -444,6 +452,7 @@ def evaluate_run(
     "Measure how far a model's pictures are from the training set: a table, and JSON."
     for name, value in dict(n=n, steps=steps, batch=batch).items():
         if value is not None and value < (least := 10 if name == "n" else 1): raise ValueError(f"{name} must be at least {least}, got {value}")
+    if out and Path(out).is_dir(): raise ValueError(f"out must be a file, got the folder {out}")
     if features not in (None, "classifier", "inception", "pixels"): raise ValueError(f"features must be classifier, inception or pixels, got {features!r}")
     device = _usable(device)
     denoiser, home = _open(run, device), Path(run) if Path(run).is_dir() else Path(run).parent
@@ -555,6 +564,8 @@ def import_model(
     if size is not None and size < 1: raise ValueError(f"size must be at least 1, got {size}")
     if Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())): raise ValueError(f"out must be new or an empty folder, got {out}")
     denoiser = import_checkpoint(source, betas=cosine_betas() if schedule == "cosine" else linear_betas(), head_dim=head_dim)
+    its = getattr(denoiser, "config", {}).get("shape")
+    if size and its and its[1:] != [size, size]: raise ValueError(f"size must be left out, as the source says {its[1]} x {its[2]}, got {size}")
     if size: denoiser.config = getattr(denoiser, "config", {}) | dict(shape=[denoiser.net.in_channels, size, size])
     save_pretrained(denoiser, out)
     print(f"wrote {out}: model.safetensors, config.json, README.md\nnext: ddpm-edm-info {shlex.quote(out)}")

@@ -175,7 +175,7 @@ def few_levels(
 ) -> Tensor:                     # (steps + 1,) float64, ending in 0
     "Noise levels for consistency sampling."
     check_count("steps", steps)
-    if not 0 < sigma_mid < sigma_max < math.inf: raise ValueError(f"need 0 < sigma_mid < sigma_max, got {sigma_mid} and {sigma_max}")
+    if not 0 < sigma_mid < sigma_max < math.inf: raise ValueError(f"sigma_max must be above {sigma_mid:g}, the last level above zero (sigma_mid), and both above 0, got {sigma_max:g}")
     shares = torch.linspace(0, 1, steps, dtype=torch.float64)
     return torch.cat([sigma_max * (sigma_mid / sigma_max)**shares, torch.zeros(1, dtype=torch.float64)])
 

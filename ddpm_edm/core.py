@@ -27,6 +27,7 @@ def image_grid(
 ) -> Any:                    # a PIL image; values outside [-1, 1] are clipped
     "Tile images into one picture, with gaps between tiles and nearest-neighbour scaling."
     from PIL import Image
+    if not (isinstance(x, Tensor) and x.is_floating_point()): raise ValueError(f"x must be a floating-point tensor in [-1, 1], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or 0 in x.shape:
         raise ValueError(f"x must be images (B, C, H, W) with 1, 3 or 4 channels, got shape {tuple(x.shape)}")
     B, C, H, W = x.shape

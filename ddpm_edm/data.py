@@ -42,6 +42,11 @@ class Stats(NamedTuple):
     std: float
 
 # %% ../nbs/12_data.ipynb #59098014
+def _on(device: torch.device, t: Tensor) -> Tensor:
+    "A tensor on a device, without waiting: a GPU fetches only from pinned memory while the host goes on."
+    if device.type == "cuda" and t.device.type == "cpu": t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
 class ImageData:
     "Images held in memory as uint8, on any device, and served as float batches in [-1, 1]."
     def __init__(
@@ -112,8 +117,8 @@ class ImageData:
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor | None]:
         "Images (B, C, H, W) float32 in [-1, 1] and their labels (B,), or None."
-        x0 = self.pixels(index).to(self.device).float() * (2 / self.max_value) - 1
-        return x0, None if self.labels is None else self.labels[index]
+        x0 = _on(self.device, self.pixels(index)).float() * (2 / self.max_value) - 1
+        return x0, None if self.labels is None else _on(self.device, self.labels[index])
 
     def pieces(self) -> Iterator[Tensor]:
         "All images in order as uint8 on the CPU, some 16 MB at a time."
@@ -384,7 +389,7 @@ def _net_for(shape: tuple[int, int, int], n: int, num_labels: int) -> dict:
     small = max(H, W) <= 16
     return dict(in_channels=C, channels=64 if small or n < 10_000 else 128, mults=default_mults(H, W),
                 blocks=1 if small else 2 if max(H, W) <= 32 else 3, attention=_attention(H, W),
-                num_labels=num_labels, dropout=0. if small or n > 100_000 else 0.13 if n >= 30_000 else 0.25)
+                num_labels=num_labels, dropout=0. if small else 0.1 if n > 100_000 else 0.13 if n >= 30_000 else 0.25)
 
 def recipe(
     data: ImageData,
@@ -414,7 +419,7 @@ def recipe(
             in_channels="the data's", num_labels="the data's classes",
             channels="convention: 64 for at most 16 pixels or 10,000 images, else 128", mults="convention: halve while 4 pixels are left",
             blocks="convention: 1, 2, 3 up to 16, 32, more pixels", attention="convention: where at most 16 x 16 positions are left",
-            dropout="convention: EDM's for sets of such a size", images=f"convention: for a first look, {images / len(data):,.0f} times each; EDM's best took ten times that and more",
+            dropout="convention: none for at most 16 pixels, else the less the more images, after EDM's", images=f"convention: for a first look, {images / len(data):,.0f} times each; EDM's best took ten times that and more",
             batch="convention: by resolution, for one device", ema_halflife="convention: a thirtieth of the training, at most EDM's 500,000"))
 
 # %% ../nbs/12c_sources.ipynb #ba085aa8
@@ -466,14 +471,18 @@ class MappedData(ImageData):
         return other
 
     def to(self, device: str | torch.device) -> "MappedData":
-        "The same data with batches on another device; the images stay on disk."
-        return self._with(device=torch.device(device), labels=None if self.labels is None else self.labels.to(device))
+        "The same data with batches on another device; the images stay on disk, and the labels with them."
+        return self._with(device=torch.device(device))
 
     def take(self, index: Tensor) -> "MappedData":
         "Only these images, in this order, with all the classes; nothing is copied."
         return self._with(rows=self._rows(index), labels=None if self.labels is None else self.labels[index], _known={})
 
     def _rows(self, index): return self.rows[index.cpu() if isinstance(index, Tensor) else index]
+
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        "As for ImageData; an index on the CPU makes no device wait."
+        return super().batch(index.cpu() if isinstance(index, Tensor) else index)
 
     def pixels(self, index: Tensor | slice) -> Tensor:
         "Images as they are kept, (B, C, H, W) uint8."

@@ -143,6 +143,7 @@ class _Reverse(_Forward):
     ) -> Callable:            # net(x_t, t, **cond), which says what `predicts` says; t are step numbers of this chain
         "A denoiser as a network of this chain, so that DDPM's samplers run it."
         if self.learns: raise ValueError(f"variance must be 'small' or 'large' here, since a denoiser knows none, got {self.variance!r}")
+        if self.alpha_bars[-1] == 0: raise ValueError("the chain must keep some of the data to its end, since no denoiser knows sigma = infinity; leave the last step out by respace")
         def net(x_t: Tensor, t: Tensor, **cond) -> Tensor:
             steps = self.timesteps.to(t.device)
             bad = _refused(t, lambda t: torch.isin(t, steps))
@@ -328,7 +329,7 @@ class _Sampling(_Training):
         return p.mean + (p.log_var / 2).exp() * fresh, p.D
 
     def ddim_step(self, net: Callable, x_t: Tensor, t: int | Tensor, noise: Tensor | None = None, *, eta: float = 0., clip: bool = False, **cond) -> tuple[Tensor, Tensor]:
-        "x one step earlier and the estimate of x0 behind it; unit noise unless eta is 0 (Song et al. 2021, eqs. 12 and 16)."
+        "x one step earlier and the estimate of x0 behind it; unit noise unless eta is 0 (J. Song et al. 2021, DDIM, eqs. 12 and 16)."
         if not 0 <= eta <= 1: raise ValueError(f"eta must be from 0 to 1, got {eta}")
         if eta and noise is None: raise ValueError(f"noise must be given for eta above 0, got None for eta={eta}")
         t = _rows(t, x_t, self.T)
@@ -382,7 +383,7 @@ class _Sampling(_Training):
         progress: bool = False,               # show a progress bar
         **cond,                               # conditioning handed to net
     ) -> Tensor:                              # samples, (B, *), float64
-        "Denoising diffusion implicit sampling (Song et al. 2021, eq. 12)."
+        "Denoising diffusion implicit sampling (J. Song et al. 2021, eq. 12)."
         def step(x, t, n): return self.ddim_step(net, x, t, n, eta=eta, clip=clip, **cond)
         return self._walk(step, noise, draw if eta else None, callback, progress)
 
@@ -395,7 +396,7 @@ class _Sampling(_Training):
         clip: bool = False,     # whether the estimate of x0 is kept in [-1, 1]
         **cond,                 # conditioning handed to net
     ) -> Tensor:                # x_T, (B, *), float64: the noise that `ddim` turns into x0, up to the error of the steps
-        "Deterministic DDIM backwards, by T evaluations (Song et al. 2021, section 4.3)."
+        "Deterministic DDIM backwards, by T evaluations (J. Song et al. 2021, DDIM, section 4.3)."
         x0 = x0 if x0.device.type == "mps" else x0.double()    # Apple's GPUs have no float64
         t = _rows(0, x0, self.T)
         D = self.p_mean_variance(net, self._at(self.signal, t, x0) * x0, t, clip=clip, **cond).D    # the least noise that net knows
@@ -440,18 +441,18 @@ class DDPMDenoiser(nn.Module):
         self.chain, self.net = chain, net
 
     def forward(self, x: Tensor, sigma: float | Tensor, **cond) -> Tensor:
-        "D(x; sigma), (B, *), in x's dtype; the network computes in that of its weights."
+        "D(x; sigma), (B, *), in x's dtype; the network computes in that of its weights, and is told t in float32 or better."
         check_sigma(sigma)
         s, chain = expand(sigma, x), self.chain
         dtype = next((p.dtype for p in self.parameters()), x.dtype)
         t = chain.sigma_to_t(s.flatten()).expand(len(x))
-        out = self.net((x / (1 + s**2).sqrt()).to(dtype), t.to(dtype), **cond)
+        out = self.net((x / (1 + s**2).sqrt()).to(dtype), t.to(torch.promote_types(dtype, torch.float32)), **cond)
         want = (len(x), 2 * x.shape[1], *x.shape[2:]) if chain.learns else tuple(x.shape)
         if out.shape != want: raise ValueError(f"net must return {want} for variance={chain.variance!r}, got {tuple(out.shape)}")
         return convert((out[:, :x.shape[1]] if chain.learns else out).to(x.dtype), x, s.flatten(), chain.predicts, "D")
 
 class DDPM(_Sampling):
-    "Denoising diffusion probabilistic models: chain, bound, losses, samplers (Ho et al. 2020; Nichol and Dhariwal 2021; DDIM of Song et al. 2021)."
+    "Denoising diffusion probabilistic models: chain, bound, losses, samplers (Ho et al. 2020; Nichol and Dhariwal 2021; DDIM of J. Song et al. 2021)."
     def __init__(
         self,
         betas: Tensor,                        # variances of the steps, (T,), such as `linear_betas()`

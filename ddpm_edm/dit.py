@@ -161,13 +161,13 @@ class DiT(nn.Module):
 
     def condition(self, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         "What every block is told: noise level, class where the label is not -1, augmentation; (B, width)."
-        emb = self.embed_noise(noise_embedding(self.noise_scale * c_noise, 256))
+        emb = self.embed_noise(noise_embedding(self.noise_scale * c_noise, 256).to(self.embed_noise[0].weight.dtype))
         if labels is not None:
             assert self.embed_label is not None    # `_check_call` refuses labels without classes, and the like below
             emb = emb + (labels >= 0)[:, None] * self.embed_label(labels.clamp(min=0))
         if augment is not None:
             assert self.embed_augment is not None
-            emb = emb + self.embed_augment(augment)
+            emb = emb + self.embed_augment(augment.to(emb.dtype))
         return F.silu(emb)
 
     def forward(

@@ -20,7 +20,7 @@ def ema_beta(
     halflife: float,             # images after which a weight counts half
     rampup: float | None = 0.05, # halflife at most this share of the images seen; None: no ramp
 ) -> float:                      # share of the old average that is kept, 0 to 1
-    "Decay of one step, from a half-life in images (Karras et al. 2022, Appendix F.2)."
+    "Decay of one step, from a half-life in images (Karras et al. 2022, Appendix F.3)."
     _check_clock(batch, seen)
     _check_length(halflife, rampup)
     if rampup is not None: halflife = min(halflife, rampup * seen)

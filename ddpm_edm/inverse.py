@@ -240,7 +240,7 @@ class _Given(nn.Module):
 
     def _y(self, x):
         if x.shape[1:] != self.event or len(self.y) not in (1, len(x)):
-            raise ValueError(f"y must be of 1 or {len(x)} samples of shape {tuple(x.shape[1:])}, got {len(self.y)} of {tuple(self.event)}")
+            raise ValueError(f"y must be of 1 or {len(x)} samples of shape {tuple(x.shape[1:])}, got {len(self.y)} of {tuple(self.event)}" + " (generate makes 256 at a time unless given a batch)" * (len(self.y) > 1))
         return self.y.to(x)
 
 class Replaced(_Given):

@@ -373,7 +373,7 @@ def fit_dequantizer(
     opt = torch.optim.Adam(parameters, lr)
     for k in range(steps):
         i = torch.randint(len(x), (batch,), generator=g)
-        u = torch.rand(batch, *x.shape[1:], generator=g, dtype=torch.float64).to(x.device)
+        u = torch.rand(batch, *x.shape[1:], generator=g, dtype=torch.float64).to(x)
         place, log_q = dequantizer(x[i], u)
         with torch.no_grad(): score = score_of(denoise(place, sigma, **({} if labels is None else {"labels": labels[i]})), place, sigma)
         opt.param_groups[0]["lr"] = lr * (1 - k / steps)

@@ -35,11 +35,11 @@ class Precond(nn.Module):
         elif not hasattr(self, "coefs"): raise ValueError("coefs must be a function of sigma that returns c_skip, c_out, c_in and c_noise, got None")
 
     def forward(self, x: Tensor, sigma: float | Tensor, **cond) -> Tensor:
-        "D(x; sigma), (B, *), in x's dtype; the network computes in that of its weights."
+        "D(x; sigma), (B, *), in x's dtype; the network computes in that of its weights, and is told c_noise in float32 or better."
         check_sigma(sigma)
         c_skip, c_out, c_in, c_noise = self.coefs(expand(sigma, x))
         dtype = next((p.dtype for p in self.parameters()), x.dtype)
-        F = self.net((c_in * x).to(dtype), c_noise.flatten().expand(len(x)).to(dtype), **cond)
+        F = self.net((c_in * x).to(dtype), c_noise.flatten().expand(len(x)).to(torch.promote_types(dtype, torch.float32)), **cond)
         return c_skip * x + c_out * check_like("net's output", F, x)
 
 # %% ../nbs/07_precond.ipynb #c04a73fa
@@ -152,7 +152,7 @@ class DenoisingLoss:
         s = expand(levels, x0)
         x = x0 + s * check_like("n", n, x0)
         D = check_like("denoise's output", denoise(x, levels, **cond), x0)
-        return (self.weight(s) * (D - self.target(x0, x, levels, **cond))**2).flatten(1).mean(1)
+        return (self.weight(s) * (D - self.target(x0, x, levels, **cond))**2).reshape(len(x0), x0[0].numel()).mean(1)
 
     def target(self, x0: Tensor, x: Tensor, sigma: Tensor, **cond) -> Tensor:
         "What the denoiser shall answer to x: the clean sample."

@@ -20,7 +20,7 @@ from .core import Denoiser, as_state, check_falling, check_like, seeded_noise
 
 # %% ../nbs/08_solvers.ipynb #5e0d68a6
 def euler(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, carry: Any = None) -> tuple[Tensor, Any]:
-    "One Euler step of dx/dsigma = (x - D) / sigma; one evaluation, first order. The same as DDIM (Song et al. 2021)."
+    "One Euler step of dx/dsigma = (x - D) / sigma; one evaluation, first order. The same as DDIM (J. Song et al. 2021)."
     d = (x - denoise(x, sigma)) / sigma
     return x + (sigma_next - sigma) * d, carry
 
@@ -108,7 +108,7 @@ def generate(
     device: str | torch.device | None = None,   # where; default: with the denoiser's weights, or on the CPU
     progress: bool = False,             # show a progress bar
 ) -> Tensor:                            # (len(seeds), *shape) float32 on the CPU
-    "Samples by seed, in batches that fit in memory; sample i depends on seeds[i] and labels[i], not on the batch."
+    "Samples by seed, in batches that fit in memory; sample i depends on seeds[i] and labels[i], not on the batch, unless the step draws noise of its own."
     seeds = list(seeds)
     if not seeds: raise ValueError("seeds must hold at least one integer, got none")
     if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
@@ -352,7 +352,7 @@ def ancestral_split(
     sigma_next: float,    # and ends, below it
     eta: float = 1.,      # strength of the noise: 1 is the posterior of DDPM, 0 adds none
 ) -> tuple[float, float]: # sigma_down, to which noise is removed, and sigma_up, which is added
-    "Split sigma_next^2 = sigma_down^2 + sigma_up^2 as DDPM does, with eta (Song et al. 2021, DDIM, eq. 16)."
+    "Split sigma_next^2 = sigma_down^2 + sigma_up^2 as DDPM does, with eta (J. Song et al. 2021, DDIM, eq. 16)."
     ratio2 = (sigma_next / sigma)**2
     up2 = min(eta**2 * (1 - ratio2), 1.)
     return sigma_next * max(1 - eta**2 + eta**2 * ratio2, 0.)**0.5, sigma_next * up2**0.5

@@ -14,6 +14,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import image_grid
-from .data import ImageData, MappedData
+from .data import ImageData, MappedData, _on
 from .dit import DiT
 from .ema import EMA, PowerEMA, power_gamma, snapshot_path
 from .muon import Muon
@@ -93,6 +94,10 @@ def _real(name: str, value, most: float = math.inf) -> float:
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
 
+def _named(value: Any) -> str:
+    "The text that makes an object, or the name of a function; without an address in memory, which is another in each process."
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
 @dataclass
 class Settings:
     "What decides the result of a training, beside the network and the data; `train` says what each means."
@@ -130,7 +135,7 @@ class Settings:
 
     def as_dict(self) -> dict:
         "What config.json keeps; objects as the text that makes them."
-        return {k: v if isinstance(v, (int, float, str, tuple, type(None))) else repr(v) for k, v in vars(self).items()}
+        return {k: v if isinstance(v, (int, float, str, tuple, type(None))) else _named(v) for k, v in vars(self).items()}
 
     def as_words(self) -> dict:
         "The same for trackers; TensorBoard takes nothing but numbers and text."
@@ -223,10 +228,10 @@ class Trainer:
         "Add the gradient of some images' loss, as their share of the batch; returns the losses' sum and `_by_sigma` of them."
         sigma, n, withheld = (_on(self.device, part[name]) for name in ("sigma", "n", "withheld"))
         x0, labels = self.data.batch(part["index"] if isinstance(self.data, MappedData) else _on(self.device, part["index"]))
-        x0, cond = _on(self.device, x0).contiguous(memory_format=self.layout), {}
+        x0, cond = x0.contiguous(memory_format=self.layout), {}
         if self.denoiser.net.num_labels:
             assert labels is not None    # `_check_fit` refuses a network with classes for data without
-            cond["labels"] = torch.where(withheld, -1, _on(self.device, labels))
+            cond["labels"] = torch.where(withheld, -1, labels)
         if self.settings.augment is not None:
             changes = {name.removeprefix("augment/"): value for name, value in part.items() if name.startswith("augment/")}
             x0, cond["augment"] = self.settings.augment(x0, changes)
@@ -242,10 +247,13 @@ class Trainer:
         return self.loss.at(self.seen / self.settings.images) if hasattr(self.loss, "at") else self.loss
 
     def _update(self) -> None:
-        "Step, unless a gradient is not finite."
+        "Step, unless the gradient or its length is not finite."
+        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+        finite = torch.stack(torch._foreach_norm(gradients)).norm().isfinite()
+        gradients[0].mul_(torch.where(finite, 1., math.nan))    # what we count is what the scaler leaves out
+        self.skipped += ~finite
         self.scaler.unscale_(self.opt)
-        norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.settings.clip or math.inf)
-        self.skipped += ~norm.isfinite()
+        if self.settings.clip: torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.settings.clip)
         self.scaler.step(self.opt)
         self.scaler.update()
         self.opt.zero_grad()
@@ -267,10 +275,7 @@ def _without_gpu() -> bool:
     "Whether several processes were launched where there is no GPU. Accelerate must be told, or each would train alone."
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
 
-def _on(device: torch.device, t: Tensor) -> Tensor:
-    "A tensor on a device, without waiting: a GPU fetches only from pinned memory while the host goes on."
-    if device.type == "cuda" and t.device.type == "cpu": t = t.pin_memory()
-    return t.to(device, non_blocking=True)
+
 
 # %% ../nbs/15_train.ipynb #91b05ea7
 def _state(trainer: Trainer) -> dict[str, Tensor]:
@@ -574,16 +579,20 @@ def conv_times(
     device: str | torch.device,
     repeats: int = 8,                        # rounds; the first warms up
 ) -> dict[tuple[str, bool], float]:          # seconds, by precision and channels last; the best of the rounds
-    "How long two convolutions of 64 channels on 16 images of 32 x 32 take, forward and backward."
-    device, times = torch.device(device), {}
+    "How long two convolutions of 64 channels on images of 32 x 32 take, forward and backward: 16 images, on a GPU so many that it is busy for 5 ms."
+    device, times, images = torch.device(device), {}, 16
     net = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, device=device) for _ in range(2)))
+    def now():
+        if device.type == "cuda": torch.cuda.synchronize(device)
+        return time.perf_counter()
     def seconds(precision, last):
         layout, low = torch.channels_last if last else torch.contiguous_format, PRECISIONS[precision]
-        x, began = torch.ones(16, 64, 32, 32, device=device).to(memory_format=layout), time.perf_counter()
-        with torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None): y = net.to(memory_format=layout)(x)
+        x, _ = torch.ones(images, 64, 32, 32, device=device).to(memory_format=layout), net.to(memory_format=layout)
+        began = now()
+        with torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None): y = net(x)
         y.float().mean().backward()
-        if device.type == "cuda": torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return now() - began
+    while device.type == "cuda" and images < 4096 and min(seconds("fp32", False) for _ in range(3)) < 5e-3: images *= 2
     for _ in range(repeats):
         for candidate in _candidates(device): times.setdefault(candidate, []).append(seconds(*candidate))
     return {candidate: min(t[1:] or t) for candidate, t in times.items()}
@@ -667,6 +676,7 @@ def _lost_processes(several: bool, out: str | Path) -> Iterator[None]:
 # %% ../nbs/15_train.ipynb #77411ec5
 def _check_fit(denoiser: EDMPrecond, data: ImageData, settings: Settings) -> None:
     "Refuse a network that can't be saved, or can't learn this data, before a folder is made."
+    if not isinstance(data, ImageData): raise ValueError(f"data must be ImageData, which from_dataset makes of a torch Dataset, got {type(data).__name__}")
     if type(denoiser) is not EDMPrecond or type(denoiser.net) not in NETWORKS.values():
         raise ValueError(f"denoiser must be an EDMPrecond around one of {', '.join(NETWORKS)}, so that load can build it again, got "
                          + " around ".join(type(part).__name__ for part in (denoiser, getattr(denoiser, "net", None)) if part))
@@ -678,6 +688,12 @@ def _check_fit(denoiser: EDMPrecond, data: ImageData, settings: Settings) -> Non
     if settings.stable_targets and isinstance(data, MappedData): raise ValueError(f"stable_targets needs the data in memory, to compare with all of them; {data.name} stays on disk")
     x = data.batch(slice(0, 1))[0].to(next(denoiser.parameters()).device)
     with torch.no_grad(): denoiser(x, 1.)    # finds sizes and channels that do not fit
+    if settings.loss is None: return
+    cond = dict(labels=torch.zeros(1, dtype=torch.long, device=x.device)) if denoiser.net.num_labels else {}
+    if wanted: cond["augment"] = x.new_zeros(1, wanted)
+    loss = settings.loss.at(0.) if hasattr(settings.loss, "at") else settings.loss
+    got = loss(denoiser, x, sigma=x.new_ones(1), n=torch.zeros_like(x), **cond)
+    if not isinstance(got, Tensor) or got.shape != (1,): raise ValueError(f"loss must return one value for each image, (1,) for one of them, got {f'shape {tuple(got.shape)}' if isinstance(got, Tensor) else type(got).__name__}")
 
 # %% ../nbs/15_train.ipynb #d0cfd0ab
 def train(

@@ -28,7 +28,7 @@ def noise_embedding(
     if c_noise.ndim != 1: raise ValueError(f"c_noise must be (B,), got shape {tuple(c_noise.shape)}")
     if dim < 2 or dim % 2: raise ValueError(f"dim must be even and positive, got {dim}")
     if kind not in ("adm", "ddpm"): raise ValueError(f"kind must be 'adm' or 'ddpm', got {kind!r}")
-    half = dim // 2
+    c_noise, half = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32)), dim // 2    # steps up to 999 need more than 8 bits
     steps = half if kind == "adm" else max(half - 1, 1)
     freqs = torch.exp(-math.log(10_000) / steps * torch.arange(half, dtype=c_noise.dtype, device=c_noise.device))
     angles = c_noise[:, None] * freqs
@@ -292,6 +292,7 @@ class UNet(nn.Module):
         if labels is not None: _check_labels(labels, self.num_labels)
         if augment is not None: _check_augment(augment, self.augment_dim)
         waves = noise_embedding(self.noise_scale * c_noise, self.noise_dim, self.embedding) if self.waves is None else self.waves(c_noise)
+        waves = waves.to(self.embed_noise[0].weight.dtype)
         if self.embed_augment is not None and augment is not None: waves = waves + self.embed_augment(augment.to(waves.dtype))
         if self.embed_label is not None and self.labels_first:
             known = torch.arange(self.num_labels, device=waves.device)

@@ -521,6 +521,12 @@ def test_transformer(capsys):
     assert (net["width"], net["depth"], net["patch"], net["in_channels"]) == (128, 1, 1, 3)
 
 
+def test_names_of_classes_with_commas():
+    names = ["3", "large, blue", "small"]
+    assert cli._parse_labels("large, blue", names) == [1] and cli._parse_labels("small,3", names) == [2, 0] and cli._parse_labels("1,0", names) == [1, 0]
+    with pytest.raises(ValueError, match="among 3, 'large, blue', small, got 'large'"): cli._parse_labels("large,3", names)
+
+
 def errors(name, words, capsys):
     "The single line a mistake gets."
     assert call(name, words) == 1
@@ -592,7 +598,7 @@ def test_full_disk(monkeypatch, run, capsys):
     ("run --n 0", "n must be"), ("run --n -3", "n must be"), ("run --steps 0", "steps must be"), ("run --batch 0", "batch must be"),
     ("run --scale 0", "scale must be"), ("run --rho 0", "rho must be"), ("run --seed -1", "seeds must be"), ("run --seed 4294967296", "seeds must be"),
     ("run --sigma-min 5 --sigma-max 5", "sigma_min < sigma_max"), ("run --sigma-min 0", "sigma_min"), ("run --sigma-max inf", "sigma_max"),
-    ("run --solver rk4", "unipc, got 'rk4'"), ("run --guidance nan", "w must be a finite number"),
+    ("run --solver rk4", "unipc, got 'rk4'"), ("run --guidance nan", "guidance must be a finite number"), ("run --out empty", "out must be a file, got the folder empty"),
     ("run --guidance 2 --interval 3", "interval must be two noise levels such as 0.2,5, got '3'"), ("run --guidance 2 --interval 5,1", "0 <= low < high"),
     ("run --interval 1,2", "interval needs a guidance other than 1"), ("run --device gpu", "'gpu' can't be used"), ("run --device meta", "'meta' can't be used"),
     ("run --out samples.xyz", "got 'samples.xyz'"), ("run --out samples", "got 'samples'"), ("run --out text.safetensors/s.png", "text.safetensors"),
@@ -825,12 +831,17 @@ def test_eval_of_a_folder(capsys):
     assert call(TRAIN, "--data pets --size 8 --images 8 --batch 4 --channels 32 --unconditional --quiet") == 0
     capsys.readouterr()
     words = "runs/pets --n 20 --steps 1 --features pixels --quiet"
-    assert "trained on a folder called 'pets'; say by --data" in errors(EVAL, words, capsys)
+    assert "trained on data called 'pets'; if it is a folder, say by --data" in errors(EVAL, words, capsys)
     assert "trained on 40 images of pets with fingerprint" in errors(EVAL, f"{words} --data others", capsys)
     assert "trained on 40 images of pets with fingerprint" in errors(EVAL, f"{words} --data pets --size 9", capsys)
     assert call(EVAL, f"{words} --data pets") == 0
     said = capsys.readouterr()
     assert "comes out too high" in said.err and "20 samples against 40 images of pets" in said.out    # 20 samples for 192 pixels
+    unread = subprocess.run(["sh", "-c", f"{Path(sys.executable).parent / INFO} runs/pets --json | true"], capture_output=True, text=True)
+    assert unread.stderr == ""    # as by | head
+    wide = load_data("pets", (4, 8))    # twice as wide as high
+    train(EDMPrecond(UNet(3, 32, mults=(1,), attention=())), wide, "runs/wide", images=4, batch=4, precision="fp32", progress=False)
+    assert call(EVAL, f"{words.replace('runs/pets', 'runs/wide')} --data pets") == 0
     assert Path("runs/pets/eval.json").is_file() and list(Path("runs/references").glob("pets-*-pixels.safetensors"))
 
 
@@ -884,13 +895,15 @@ def test_consistency_models_are_measured_their_way(student):
 @pytest.mark.parametrize("name, words, message", [
     (DISTILL, "fast", "run must hold a diffusion model, but fast holds a consistency model"), (DISTILL, "nothing", "no model at nothing"),
     (DISTILL, "run --method magic", 'method must be "distillation" or "tuning"'), (DISTILL, "run --images 0", "images must be"),
-    (SAMPLE, "fast --solver heun", "solver must be left out for a consistency model, got 'heun'"),
+    (SAMPLE, "fast --solver heun", "solver must be left out for a consistency model, got 'heun'"), (SAMPLE, "fast --rho 3", "rho must be left out for a consistency model, got 3"),
+    (SAMPLE, "fast --sigma-min 0.5", "sigma_min must be left out for a consistency model, got 0.5"), (SAMPLE, "fast --sigma-max 0.1", "sigma_max must be above 0.8, the last level above zero"),
+    (EVAL, "run --out run", "out must be a file, got the folder run"), (TRAIN, "--augment 1.5", "augment must be a probability, from 0 to 1, got 1.5"),
     (SAMPLE, "fast --inpaint any.png --mask mask.png", "need a diffusion model, got a consistency model"),
     (SAMPLE, "fast --guidance 2", "guidance, inpaint and upscale need a diffusion model"),
     (INFO, "nothing", "no model at nothing"), (INFO, "any.png", "any.png"), (IMPORT, "nothing.pkl new", "no file at nothing.pkl"),
     (IMPORT, "any.png new", "any.png can't be read safely"), (IMPORT, "run fast", "out must be new or an empty folder, got fast"),
     (IMPORT, "run any.png", "out must be new or an empty folder, got any.png"), (IMPORT, "run new --schedule x", "schedule must be linear or cosine"),
-    (IMPORT, "run new --size 0", "size must be at least 1"),
+    (IMPORT, "run new --size 0", "size must be at least 1"), (IMPORT, "run new --size 9", "size must be left out, as the source says 8 x 8, got 9"),
 ])
 def test_mistakes_with_models(name, words, message, student, run, pictures, capsys):
     os.symlink(student, "fast")

@@ -521,6 +521,12 @@ def test_grid_refuses_what_is_no_image(x):
     with pytest.raises(ValueError, match="x must be images"): image_grid(x)
 
 
+@pytest.mark.parametrize("x, got", [(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), "torch.uint8"), (np.zeros((1, 1, 2, 2)), "ndarray")])
+def test_images_are_floating_point(x, got):
+    for draw in (image_grid, show_images):
+        with pytest.raises(ValueError, match=rf"x must be a floating-point tensor in \[-1, 1\], got {got}"): draw(x)
+
+
 @pytest.mark.parametrize("kw", [dict(ncols=0), dict(ncols=-1), dict(scale=0), dict(gap=-1)])
 def test_grid_refuses_impossible_sizes(kw):
     with pytest.raises(ValueError, match="ncols and scale must be at least 1 and gap at least 0"): image_grid(torch.zeros(2, 1, 2, 2), **kw)

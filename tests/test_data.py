@@ -187,6 +187,18 @@ def test_flat_folder_has_no_labels(tmp_path, monkeypatch):
     assert image_folder(".", 16).name == "other"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["memory", "mapped"])
+def test_gpu_is_not_waited_for(kind):
+    d = MappedData(np.zeros((20, 1, 4, 4), np.uint8), torch.arange(20) % 2) if kind == "mapped" else ImageData(torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.arange(20) % 2)
+    d, index = d.to("cuda"), torch.tensor([3, 4]) if kind == "mapped" else torch.tensor([3, 4]).cuda()
+    d.batch(index)
+    torch.cuda.set_sync_debug_mode("error")
+    try: x, labels = d.batch(index)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert x.is_cuda and labels.is_cuda and labels.tolist() == [1, 0]
+
+
 def test_pictures_beside_class_folders(tmp_path):
     save(tmp_path / "a" / "1.png"), save(tmp_path / "2.png")
     with pytest.raises(ValueError, match="beside folders"): image_folder(tmp_path, 8)

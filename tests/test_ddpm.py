@@ -15,6 +15,7 @@ from ddpm_edm.ddpm import DDPM, ImportanceSteps, discretized_gaussian_log_likeli
 from ddpm_edm.noise import cosine_betas, linear_betas, scaled_linear_betas, zero_terminal_snr
 from ddpm_edm.oracle import Gaussian, Mixture
 from ddpm_edm.solvers import euler, heun, sample
+from ddpm_edm.unet import UNet
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(FOLDER / "ddpm.npz").items()}
@@ -317,6 +318,14 @@ def test_the_extremes_are_exact():
         close(chain.posterior_variance + chain.posterior_x0**2 * chain.noise**2, betas, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_another_dtype(dtype):
+    "The chain's samplers and losses ask a network in the dtype of its weights, and tell it whole steps."
+    chain, net = DDPM(linear_betas()).respace([0, 500, 999]), UNet(1, channels=32, mults=(1,), attention=(), noise_scale=1.).to(dtype).requires_grad_(False)
+    x = seeded_noise(range(2), (1, 4, 4))
+    assert chain.ddim(net, x).isfinite().all() and chain.loss(net, x).isfinite().all() and chain.denoiser(net)(x, 1.).isfinite().all()
+
+
 def test_zero_terminal_snr():
     "The last beta may be 1: x_T is pure noise, and networks that say D or v still work, in every method."
     betas = zero_terminal_snr(scaled_linear_betas(40))
@@ -331,6 +340,8 @@ def test_zero_terminal_snr():
     t = DDPM(betas, predicts="v").sigma_to_t(f64(1., 1e6))
     assert t[1] == 38 and 0 < t[0] < 38    # sigma is infinite at the last step, so no number belongs to it
     with pytest.raises(ValueError, match="predicts must be 'D', 'v' or 'mean'"): DDPM(betas)
+    with pytest.raises(ValueError, match="no denoiser knows sigma = infinity; leave the last step out by respace"): DDPM(betas, predicts="v").network(lambda x, s: 0 * x)
+    assert DDPM(betas, predicts="v").respace([0, 20]).network(lambda x, s: 0 * x)(torch.ones(2, 3), torch.tensor([0, 20])).isfinite().all()
     with pytest.raises(ValueError, match="betas"): DDPM(f64(0.1, 1., 0.1), predicts="v")
     assert DDPM(betas, predicts="v").respace([0, 20]).sigmas.isfinite().all()
 

@@ -356,7 +356,7 @@ def test_planted_images_are_found(noise, seed):
     assert sorted(found.found.tolist()) == list(range(950, 1000)) and torch.equal(found.nearest[950:], planted)
     assert torch.equal(found.ratio[found.found].sort().values, found.ratio[found.found])
     assert len(find_copies(flat(others)[950:], flat(train)).found) == 0
-    twice = find_copies(samples, torch.cat([flat(train)] * (2 if noise else 3)))    # doubles of training images hide nothing
+    twice = find_copies(samples, torch.cat([flat(train)] * (2 if noise else 5)))    # doubles of training images hide nothing, nor five of each if the copy is exact
     assert sorted(twice.found.tolist()) == list(range(950, 1000))
     ax = show_copies(samples.reshape(-1, 1, 8, 8), train.batch(slice(None))[0], found, 6)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["sample", "nearest"] and len(ax.get_xticks()) == 6

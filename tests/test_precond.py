@@ -121,6 +121,20 @@ def test_only_the_network_computes_in_its_dtype():
         assert ((D - exact).abs() <= 2**-8 * c_out * c_in * x.abs() + 1e-12).all() and (D != exact).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_steps_are_told_in_float32_or_better(dtype):
+    "bfloat16 would make 1000 of step 999 and 984 of 981."
+    told = []
+    class Told(nn.Linear):
+        def forward(self, x, c_noise): return told.append(c_noise) or super().forward(x)
+    for wrap in (VPPrecond, IDDPMPrecond):
+        d = wrap(Told(3, 3).to(dtype))
+        for sigma in (0.5, 5., 70.):
+            want = d.coefs(torch.tensor(sigma, dtype=torch.float64))[3]
+            assert d(randn(2, 3), sigma).dtype == torch.float64
+            assert told[-1].dtype == torch.promote_types(dtype, torch.float32) and (told[-1] - want).abs().max() <= 1e-7 * want
+
+
 def test_gradients_reach_network_and_input():
     model, x = EDMPrecond(Net()), randn(2, 3).requires_grad_()
     model(x, 0.5).sum().backward()
@@ -242,6 +256,14 @@ def test_a_bad_pixel_spoils_its_own_sample_alone():
     x0 = randn(4, 1, 3, 3)
     x0[2, 0, 1, 1] = math.nan
     assert EDMLoss()(EDMPrecond(Net()), x0).isnan().tolist() == [False, False, True, False]
+
+
+def test_samples_of_numbers():
+    "Samples may be single numbers, (B,), as for the exact denoisers."
+    p = Gaussian(torch.tensor(0.), 0.5)
+    x0, n, sigma = p.sample(8), randn(8, dtype=torch.float32), torch.full((8,), 0.7)
+    loss = EDMLoss()(p, x0, sigma=sigma, n=n)
+    torch.testing.assert_close(loss, EDMLoss()(Gaussian(torch.zeros(1), 0.5), x0[:, None], sigma=sigma, n=n[:, None]))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.bfloat16])

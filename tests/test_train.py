@@ -567,6 +567,24 @@ def test_network_and_data_must_fit(tmp_path, net, data, says):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("data", [[1, 2], torch.utils.data.TensorDataset(torch.zeros(3, 1, 4, 4))])
+def test_data_must_be_image_data(tmp_path, data):
+    with pytest.raises(ValueError, match="data must be ImageData, which from_dataset makes of a torch Dataset, got (list|TensorDataset)"): run_in(tmp_path / "run", data=data)
+
+
+@pytest.mark.parametrize("loss, got", [(lambda *args, **kw: torch.zeros(()), r"shape \(\)"), (lambda denoise, x0, **kw: x0, r"shape \(1, 1, 4, 4\)"), (lambda *args, **kw: 1., "float")])
+def test_a_loss_gives_a_value_for_each_image(tmp_path, loss, got):
+    with pytest.raises(ValueError, match=f"loss must return one value for each image, .*got {got}"): run_in(tmp_path / "run", loss=loss)
+    assert not (tmp_path / "run").exists()    # before anything is written
+
+
+def test_a_loss_has_the_same_name_in_every_process():
+    class Unnamed:
+        def __call__(self, *args, **kw): pass
+    def name(loss): return Settings(1000, 16, 1e-2, 1, 0, 16, 0., LogNormal(), 0, "fp32", loss=loss).as_dict()["loss"]
+    assert name(some_data) == f"{__name__}.some_data" and name(Unnamed()) == name(Unnamed()) and "0x" not in name(Unnamed())
+
+
 def test_only_what_load_can_build(tmp_path):
     class Other(EDMPrecond): pass
     with pytest.raises(ValueError, match="an EDMPrecond around one of UNet.*got Other"): run_in(tmp_path / "run", net=Other(tiny().net))
@@ -697,15 +715,16 @@ def test_clip_bounds_the_step():
     assert torch.equal(gradient(1e9), free)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_gradient_that_is_not_finite_moves_nothing(precision):
-    trainer = trained_steps(2, settings=dict(precision=precision))
-    before, moments, loss = weights_of(trainer).clone(), [m["exp_avg"].clone() for m in trainer.opt.state.values()], trainer.loss
+@pytest.mark.parametrize("factor", [math.inf, 1e22])    # of the second the gradients are finite, the sum of their squares is not
+@pytest.mark.parametrize("how", [dict(precision="fp32"), dict(precision="fp16"), dict(precision="fp32", clip=1.), dict(precision="fp32", optimizer="muon")])
+def test_a_gradient_that_is_not_finite_moves_nothing(how, factor):
+    trainer = trained_steps(2, settings=how)
+    before, moments, loss = weights_of(trainer).clone(), [t.clone() for m in trainer.opt.state.values() for t in m.values() if t.ndim], trainer.loss
     skipped, scale = int(trainer.skipped), trainer.scaler.get_scale()
-    trainer.loss = lambda *args, **kw: loss(*args, **kw) * math.inf
+    trainer.loss = lambda *args, **kw: loss(*args, **kw) * factor
     trainer.step()
     assert torch.equal(weights_of(trainer), before) and int(trainer.skipped) == skipped + 1
-    assert all(torch.equal(a, m["exp_avg"]) for a, m in zip(moments, trainer.opt.state.values()))
+    assert all(map(torch.equal, moments, [t for m in trainer.opt.state.values() for t in m.values() if t.ndim]))
     assert trainer.scaler.get_scale() == scale / 2
     trainer.loss = loss
     trainer.step()
@@ -798,6 +817,11 @@ def test_a_layout_that_is_asked_for(tmp_path, monkeypatch, asked, kept):
 def test_conv_times():
     times = module.conv_times("cpu", repeats=2)
     assert {k for k in times} == {("fp32", False), ("bf16", False)} and all(t > 0 for t in times.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="no GPU with units for bf16")
+def test_auto_finds_the_units_of_a_gpu():
+    assert module.fastest(module.conv_times("cuda"))[0] == "bf16"
 
 
 # --- trackers

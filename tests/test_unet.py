@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ddpm_edm.dit import DiT
 from ddpm_edm.precond import EDMLoss, EDMPrecond
 from ddpm_edm.unet import Attention, Fourier, ResBlock, Resample, Stage, UNet, fir, noise_embedding, norm, shrink
 
@@ -329,6 +330,19 @@ def test_view_of_one_level_is_25_pixels():
     x = rand(1, 1, 40, 40).requires_grad_()
     grad, = torch.autograd.grad(awake(net)(x, torch.zeros(1, dtype=torch.float64))[0, 0, 20, 20], x)
     assert (grad[0, 0] != 0).any(0).nonzero().flatten().tolist() == list(range(8, 33))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [lambda: UNet(1, 32, mults=(1, 1), num_labels=2, augment_dim=2, noise_scale=1.), lambda: DiT(1, 2, 32, 1, 2, num_labels=2, augment_dim=2, noise_scale=1.)], ids=["unet", "dit"])
+def test_networks_of_another_dtype_take_steps_and_augment_as_they_come(make, dtype):
+    torch.manual_seed(0)
+    net = make().requires_grad_(False)
+    for p in net.parameters(): p.add_(0.1 * torch.randn(p.shape))
+    x, t, labels, augment = torch.randn(3, 1, 4, 4), torch.tensor([0, 565, 999]), torch.tensor([0, 1, -1]), torch.randn(3, 2)
+    want = net(x, t, labels=labels, augment=augment).double()
+    for told in (t, t.float()):
+        got = net.to(dtype)(x.to(dtype), told, labels=labels, augment=augment)
+        assert got.dtype == dtype and (got.double() - want).norm() < (0.1 if dtype == torch.bfloat16 else 1e-5) * want.norm()    # 8 bits through a few layers
 
 
 def test_bfloat16_autocast_trains():
